@@ -1,0 +1,302 @@
+"""FrozenLake and Sokoban as text, with the rules left out of what the player reads.
+
+This module knows nothing of models. A game is any class with
+
+    reset(seed) -> str                 a fresh level; the first observation
+    step(reply) -> (str, bool)         play the action found in a free-text reply; what the game says, and
+                                       whether the episode is over (the last text tells how it ended)
+    won -> bool                        whether the episode was won
+
+and, if it likes, `task` (what the player is told to do), `invalid_moves` (how many moves were refused),
+and the class methods `unseen()` (a harder variant) and `renamed(seed)` (the same game with other letters,
+whose `rules()` say in words what the letters mean), which the evaluation probes.
+
+Dynamics follow TextArena's games of the same names; the wording is our own.
+"""
+
+import random
+import re
+
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+WASD = {"w": "up", "s": "down", "a": "left", "d": "right"}
+ACTION = re.compile(r"\[\s*(up|down|left|right|w|a|s|d)\s*\]", re.IGNORECASE)
+SPLITS = ("held_out", "extraction", "deployment")
+LETTERS = "ABCDEFGHIJKLMNOQRSTUVWXYZ"  # every capital but P, the player
+
+
+def level_seeds(split: str, n: int, start: int = 0) -> list[int]:
+    """The seeds of levels `start` to `start + n - 1` of a split. Splits are residues mod 3: never shared."""
+    return [len(SPLITS) * (start + i) + SPLITS.index(split) for i in range(n)]
+
+
+def parse_action(reply: str, strict: bool = False) -> str | None:
+    """The last bracketed action in a reply, as up, down, left or right; None if there is none.
+
+    Strict mode looks only after the closing think tag, so a thought that was cut off makes no move.
+    """
+    if strict:
+        _, closed, reply = reply.rpartition("</think>")
+        if not closed:
+            return None
+    found = ACTION.findall(reply)
+    return WASD.get(found[-1].lower(), found[-1].lower()) if found else None
+
+
+class InvalidMove(Exception):
+    """A move that the game refuses; the message says why."""
+
+
+class GridGame:
+    """What both games share: turns, invalid moves and the words of the feedback.
+
+    A subclass has `new_level(pick, seed)`, `load(rows)`, `board()`, `render()`, and `move(direction)`, which
+    returns (what happened, how the episode ended or "") and raises InvalidMove.
+    """
+
+    task = (
+        "You are P on a grid and make one move a turn. Pick the action that reaches the goal in the fewest "
+        "steps.\nActions: [up] [down] [left] [right], or [w] [a] [s] [d]. "
+        "End your reply with one action in square brackets."
+    )
+
+    def __init__(self, max_turns: int, strict: bool = False):
+        self.max_turns, self.strict = max_turns, strict
+        self.start_episode()
+
+    def start_episode(self) -> None:
+        self.turn = self.invalid_moves = self.invalid_in_a_row = 0
+        self.won = self.done = False
+
+    @classmethod
+    def from_board(cls, rows: list[str], **options):
+        """A game on a given board, one symbol a cell, `P` the player. ValueError if the board is no board."""
+        game = cls(**options)
+        if not rows or any(not isinstance(row, str) or not row for row in rows):
+            raise ValueError(f"a board is a list of non-empty strings, one symbol a cell, not {rows!r}")
+        if sum(row.count("P") for row in rows) != 1:
+            raise ValueError(f"a board has exactly one player P: {rows!r}")
+        game.load(rows)
+        return game
+
+    def reset(self, seed: int) -> str:
+        """Start the level of this seed and return the first observation."""
+        # Of Python's generators only random() is promised to give the same numbers in every version.
+        rng = random.Random(seed)
+        self.load(self.new_level(lambda items: items[int(rng.random() * len(items))], seed))
+        self.start_episode()
+        return self.observation()
+
+    def observation(self) -> str:
+        return f"Board:\n{self.render()}"
+
+    def step(self, reply: str) -> tuple[str, bool]:
+        """Play the action in a reply. Returns what the game says and whether the episode is over."""
+        if self.done:
+            raise RuntimeError("this episode is over: call reset(seed) before the next step")
+        self.turn += 1
+        direction = parse_action(reply, self.strict)
+        try:
+            if direction is None:
+                raise InvalidMove("there was no action in square brackets")
+            text, ended = self.move(direction)
+            self.invalid_in_a_row = 0
+        except InvalidMove as reason:
+            self.invalid_moves += 1
+            self.invalid_in_a_row += 1
+            text, ended = f"That move is not valid: {reason}.", ""
+            if self.invalid_in_a_row == 2:
+                ended = "That was the second invalid move in a row. The episode failed."
+        if not ended and self.turn == self.max_turns:
+            ended = "The turn limit was reached. The episode failed."
+        self.done = bool(ended)
+        return "\n".join([text, self.observation(), ended][: 2 + self.done]), self.done
+
+
+class FrozenLake(GridGame):
+    """Walk from the top left to the goal at the bottom right; stepping on a hole loses.
+
+    `hole` and `goal` are letters; several letters in one string all mean the same. Any other letter on a
+    board is harmless.
+    """
+
+    def __init__(self, size=3, num_holes=2, max_turns=5, hole="H", goal="G", strict=False):
+        super().__init__(max_turns, strict)
+        if size < 2 or not 0 <= num_holes <= (size - 1) ** 2:  # an L of 2 * size - 1 free cells always fits
+            raise ValueError(f"no {size}x{size} board with {num_holes} holes and a sure path to the goal")
+        self.size, self.num_holes, self.hole, self.goal = size, num_holes, hole, goal
+
+    @classmethod
+    def unseen(cls, strict=False):
+        """4x4 boards with three holes: 334 boards, all of shortest length 6, never trained on."""
+        return cls(size=4, num_holes=3, max_turns=8, strict=strict)
+
+    @classmethod
+    def renamed(cls, seed: int, strict=False):
+        """The same game with two letters drawn from those that the game itself does not use."""
+        hole, goal = random.Random(seed).sample([c for c in LETTERS if c not in "HG"], 2)
+        return cls(hole=hole, goal=goal, strict=strict)
+
+    def rules(self) -> list[str]:
+        """The rules in words. Only the forgetting probe and the reports ever show them."""
+        return [
+            f"{self.hole} is a hole. Stepping on {self.hole} loses.",
+            f"{self.goal} is the goal. Stepping on {self.goal} wins.",
+        ]
+
+    def new_level(self, pick, seed: int) -> list[str]:
+        n = self.size
+        while True:
+            cells = [" "] * (n * n)
+            cells[0], cells[-1] = "P", self.goal[0]
+            for _ in range(self.num_holes):
+                cells[pick([i for i, cell in enumerate(cells) if cell == " "])] = self.hole[0]
+            rows = ["".join(cells[i : i + n]) for i in range(0, n * n, n)]
+            if self.solvable(rows):
+                return rows
+
+    def solvable(self, rows: list[str]) -> bool:
+        """Whether the bottom-right cell can be reached from the top-left one without a hole."""
+        n, seen, frontier = range(len(rows)), set(), {(0, 0)}
+        while frontier:
+            seen |= frontier
+            steps = {(r + dr, c + dc) for r, c in frontier for dr, dc in MOVES.values()} - seen
+            frontier = {(r, c) for r, c in steps if r in n and c in n and rows[r][c] not in self.hole}
+        return (n[-1], n[-1]) in seen
+
+    def load(self, rows: list[str]) -> None:
+        if any(len(row) != len(rows[0]) for row in rows):
+            raise ValueError(f"the rows of a board are equally long: {rows!r}")
+        self.player = next((r, row.index("P")) for r, row in enumerate(rows) if "P" in row)
+        self.cells = [list(row.replace("P", " ")) for row in rows]
+
+    def symbols(self) -> list[list[str]]:
+        cells = [list(row) for row in self.cells]
+        r, c = self.player
+        cells[r][c] = "P/" + cells[r][c] if cells[r][c] in self.goal else "P"
+        return cells
+
+    def board(self) -> list[str]:
+        """The rows, one symbol a cell; a player on the goal shows as `P/G`."""
+        return ["".join(row) for row in self.symbols()]
+
+    def render(self) -> str:
+        rule = "+-----" * len(self.cells[0]) + "+"
+        rows = ["|" + "|".join(f"{cell:^5}" for cell in row) + "|" for row in self.symbols()]
+        return "\n".join([rule] + [line for row in rows for line in (row, rule)])
+
+    def move(self, direction: str) -> tuple[str, str]:
+        r, c = self.player[0] + MOVES[direction][0], self.player[1] + MOVES[direction][1]
+        if not (0 <= r < len(self.cells) and 0 <= c < len(self.cells[0])):
+            raise InvalidMove(f"there is no cell {direction} of you")
+        self.player = (r, c)
+        ended = ""
+        if self.cells[r][c] in self.hole:
+            ended = "You fell into a hole. The episode failed."
+        elif self.cells[r][c] in self.goal:
+            self.won, ended = True, "You reached the goal. The episode succeeded."
+        return f"You moved {direction} to ({r},{c}).", ended
+
+
+class Sokoban(GridGame):
+    """Push every box onto a target. Boxes are pushed by walking into them, one at a time, never pulled."""
+
+    def __init__(self, size=6, max_turns=5, box="X", target="O", strict=False):
+        super().__init__(max_turns, strict)
+        if size < 5:
+            raise ValueError(f"a room of {size}x{size} is too small: 5 is the least")
+        self.size, self.box, self.target = size, box, target
+
+    @classmethod
+    def renamed(cls, seed: int, strict=False):
+        """The same game with two letters drawn from those that the game itself does not use."""
+        box, target = random.Random(seed).sample([c for c in LETTERS if c not in "XO"], 2)
+        return cls(box=box, target=target, strict=strict)
+
+    def rules(self) -> list[str]:
+        """The rules in words. Only the forgetting probe and the reports ever show them."""
+        return [
+            f"{self.box} is a box. Stepping on {self.box} pushes it.",
+            f"{self.target} is a target. A box on {self.target} wins.",
+            "# is a wall. Nothing moves onto #.",
+        ]
+
+    def new_level(self, pick, seed: int) -> list[str]:
+        """A room with one box, up to three inner walls, and a shortest solution of 1 to 5 moves.
+
+        The length goes round with the seed, so that each of the lengths has the same share of the levels.
+        """
+        n, wanted = self.size, 1 + seed // len(SPLITS) % 5
+        inside = [(r, c) for r in range(1, n - 1) for c in range(1, n - 1)]
+        while True:
+            cells = [["_" if (r, c) in inside else "#" for c in range(n)] for r in range(n)]
+            for symbol in "#" * pick([0, 1, 2, 3]) + self.box + self.target + "P":
+                r, c = pick([(r, c) for r, c in inside if cells[r][c] == "_"])
+                cells[r][c] = symbol
+            self.load(["".join(row) for row in cells])
+            if self.solution_length(limit=5) == wanted:
+                return self.board()
+
+    def load(self, rows: list[str]) -> None:
+        where = {symbol: set() for symbol in {*"".join(rows), *"P#√", self.box, self.target}}
+        for r, row in enumerate(rows):
+            for c, symbol in enumerate(row):
+                where[symbol].add((r, c))
+        self.shape = (len(rows), len(rows[0]))
+        if any(len(row) != self.shape[1] for row in rows):
+            raise ValueError(f"the rows of a board are equally long: {rows!r}")
+        self.walls, self.targets = where["#"], where[self.target] | where["√"]
+        self.boxes, (self.player,) = frozenset(where[self.box] | where["√"]), where["P"]
+
+    def board(self) -> list[str]:
+        """The rows, one symbol a cell; `√` is a box on a target, and the player hides what is under it."""
+
+        def symbol(cell):
+            if cell == self.player:
+                return "P"
+            if cell in self.boxes:
+                return "√" if cell in self.targets else self.box
+            return "#" if cell in self.walls else self.target if cell in self.targets else "_"
+
+        return ["".join(symbol((r, c)) for c in range(self.shape[1])) for r in range(self.shape[0])]
+
+    def render(self) -> str:
+        return "\n".join(" ".join(row) for row in self.board())
+
+    def after(self, player, boxes, direction: str):
+        """The (player, boxes) after a move, or None where the way is blocked."""
+        (r, c), (dr, dc) = player, MOVES[direction]
+        ahead, beyond = (r + dr, c + dc), (r + 2 * dr, c + 2 * dc)
+
+        def free(cell):
+            inside = 0 <= cell[0] < self.shape[0] and 0 <= cell[1] < self.shape[1]
+            return inside and cell not in self.walls and cell not in boxes
+
+        if free(ahead):
+            return ahead, boxes
+        if ahead in boxes and free(beyond):
+            return ahead, boxes - {ahead} | {beyond}
+        return None
+
+    def solution_length(self, limit: int) -> int | None:
+        """Fewest moves that put every box on a target, by breadth-first search; None beyond the limit."""
+        frontier, seen = {(self.player, self.boxes)}, set()
+        for length in range(limit + 1):
+            if any(boxes <= self.targets for _, boxes in frontier):
+                return length
+            seen |= frontier
+            frontier = {after for state in frontier for d in MOVES if (after := self.after(*state, d))} - seen
+        return None
+
+    def move(self, direction: str) -> tuple[str, str]:
+        moved = self.after(self.player, self.boxes, direction)
+        if moved is None:
+            raise InvalidMove(f"the way {direction} is blocked")
+        pushed = sorted(moved[1] - self.boxes)
+        self.player, self.boxes = moved
+        text = f"You moved {direction} to ({self.player[0]},{self.player[1]})"
+        text += f" and pushed a box to ({pushed[0][0]},{pushed[0][1]})." if pushed else "."
+        self.won = self.boxes <= self.targets
+        return text, "Every box is on a target. The episode succeeded." if self.won else ""
+
+
+GAMES = {"frozenlake": FrozenLake, "sokoban": Sokoban}

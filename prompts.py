@@ -1,0 +1,140 @@
+"""Every sentence the method adds to what the model reads, and the parsers of what it writes. Pure strings.
+
+    deploy       play_prompt(task, observations)                      one user message a turn
+    extract      extraction_prompt(trajectory, previous, ...)         one user message an episode
+                 parse_lessons(reply) -> accumulate(...)              the list of lessons grows
+    consolidate  with_experience(prompt, experience)                  what the teacher reads, the student not
+
+A tokenizer appears only at the end, where a message becomes token ids.
+"""
+
+import re
+
+MARKER = "- EXPERIENCE ITEM:"
+# People and models decorate a list: "* **EXPERIENCE ITEM:** text" and "2. EXPERIENCE ITEM: text" are items.
+ITEM = re.compile(r"^[ \t\-*•\d.)]*EXPERIENCE ITEM[ \t*]*:[ \t*]*(.*\S)[ \t]*$", re.MULTILINE)
+
+
+# --- playing ----------------------------------------------------------------------------------------------
+def play_prompt(task: str, observations: list[str]) -> str:
+    """The user message of one turn: the task, then everything the game has said so far.
+
+    The model's own earlier replies are not in it (as in the paper), so the newest board comes last.
+    """
+    return "\n\n".join([task, *observations])
+
+
+def with_experience(prompt: str, experience: str) -> str:
+    """The same message behind the experience block: the only difference between teacher and student.
+
+    The block stands first, so that its keys and values can be computed once for many prompts. An empty
+    experience is a ValueError: training towards a teacher that knows nothing would silently do nothing.
+    """
+    if not experience.strip():
+        raise ValueError("the experience is empty: there is nothing for the teacher to know")
+    return f"What you learned in earlier episodes:\n{experience.strip()}\n\n{prompt}"
+
+
+def as_items(lessons: list[str]) -> str:
+    """Sentences as an experience list."""
+    return "\n".join(f"{MARKER} {lesson}" for lesson in lessons)
+
+
+# --- extraction -------------------------------------------------------------------------------------------
+EXTRACT = (
+    "Here is the log of one episode. Find out what it teaches that will hold in other episodes too, on any "
+    "board: what a symbol is, what an action does, what wins and what loses. Leave out what is true of this "
+    "board alone."
+)
+FORMS = {
+    "items": f"Write every lesson on a line of its own, as a short sentence in this form:\n{MARKER} <lesson>",
+    "free": "Write the lessons down in plain words, each on a line of its own.",
+}
+PREVIOUS = "You know this already; add what is new, and correct what is wrong:"
+
+
+def answer(reply: str) -> str:
+    """A reply without its reasoning: all after the last closing think tag, or the whole if it never closes."""
+    return reply.rpartition("</think>")[2].strip()
+
+
+def transcript(trajectory: dict, reasoning: bool = True) -> str:
+    """A trajectory as the extractor sees it: the first prompt, then replies and what the game said to them.
+
+    With `reasoning` the replies are shown in full, as in the paper; without, only their answers. The
+    outcome is not shown: that the episode was won or lost has to be read from the last feedback.
+    """
+    parts = [trajectory["turns"][0]["prompt"]]
+    for i, turn in enumerate(trajectory["turns"], 1):
+        reply = turn["response"].strip() if reasoning else answer(turn["response"])
+        parts += [f"Reply {i}: {reply}", turn["feedback"]]
+    return "\n\n".join(parts)
+
+
+def extraction_prompt(
+    trajectory: dict, previous: str = "", form: str = "items", reasoning: bool = True
+) -> str:
+    """The user message that asks for the lessons of one episode.
+
+    `previous` is the experience so far (E_{i-1} of the paper), shown unless it is empty; `form` is "items"
+    or "free". The instructions, the same for every episode, stand first.
+    """
+    parts = [EXTRACT, FORMS[form]]
+    if previous.strip():
+        parts += [PREVIOUS, previous.strip()]
+    return "\n\n".join([*parts, "The log:", transcript(trajectory, reasoning), "Now write the lessons."])
+
+
+def parse_lessons(reply: str, form: str = "items") -> str:
+    """The lessons in an extractor's reply, a line each; "" if there are none.
+
+    Items are the lines that carry the marker, brought into one form. Free-form lessons are all lines of the
+    answer. The form's own placeholder is not a lesson.
+    """
+    if form == "free":
+        return "\n".join(line.strip() for line in answer(reply).splitlines() if line.strip())
+    return as_items([item for item in ITEM.findall(answer(reply)) if item != "<lesson>"])
+
+
+def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:
+    """E_i = truncate(E_{i-1} + lessons): the oldest lines go until the rest is within `budget` tokens.
+
+    A line is an item, so an item goes whole or stays whole. `count_tokens` maps a string to its tokens.
+    """
+    lines = [line for line in f"{experience}\n{lessons}".splitlines() if line.strip()]
+    while lines and count_tokens("\n".join(lines)) > budget:
+        lines.pop(0)
+    return "\n".join(lines)
+
+
+# --- messages as token ids --------------------------------------------------------------------------------
+def plain_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of text that is data: a chat marker in it stays text and never becomes a special token.
+
+    Game text, replies and logs may contain "<|im_end|>" or "</think>". Each such marker is encoded in two
+    pieces, its first character and the rest, neither of which a tokenizer takes for the marker.
+    """
+    markers = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
+    cuts = [m.start() + 1 for m in re.finditer(f"(?={'|'.join(markers)})", text)] if markers else []
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def chat_ids(tokenizer, message: str, thinking: bool = True) -> list[int]:
+    """Token ids of one user message in the tokenizer's own chat template, up to where the reply begins.
+
+    The template is rendered around a placeholder, and the message takes its place as plain text.
+    `enable_thinking` is handed to the template; one that has no such switch does not look at it.
+    """
+    slot = "MESSAGE-GOES-HERE"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": slot}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+    )
+    before, found, after = chat.partition(slot)
+    if not found or slot in after:
+        raise ValueError("the chat template does not show a user message exactly once")
+    start, end = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+    return start + plain_ids(tokenizer, message) + end
