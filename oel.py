@@ -1,0 +1,1131 @@
+"""Online Experiential Learning (OEL) in one file. The method of arXiv 2603.16856, from top to bottom.
+
+A language model is deployed, plays, and forgets. Here it learns from what it saw, with no reward and no label:
+
+    for each round:
+        trajectories = deploy(policy, extraction seeds)   # 1. it plays, and what happened is logged as text
+        experiences  = extract(policy, trajectories)      # 2. it reads the logs and writes lessons, several lists
+        logs         = deploy(policy, deployment seeds)   # 1. again, on other levels: prompts to learn on
+        consolidate(policy, logs, experiences)            # 3. the lessons go into its weights
+        evaluate(policy, held-out seeds)
+
+Extraction (section 2 of the paper) folds a list over trajectories tau_i, starting from nothing:
+
+    E_i = truncate(E_{i-1} + extract(tau_i, E_{i-1}))                                                   (Eq. 1)
+
+Consolidation is on-policy context distillation. The student pi_theta answers a logged prompt x WITHOUT the
+experience e; the teacher, the same model frozen at the start of the round, scores the same answer y WITH it:
+
+    L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
+
+The gradient is taken for fixed y: how theta changes which prefixes are visited is ignored, which is what makes
+the step plain supervised learning on the student's own replies. No environment is stepped for it.
+
+Where this script departs from the authors' code, on purpose:
+
+ 1. The KL is exact and over the whole vocabulary; theirs sums over the student's top 256 tokens (--kl-top-k).
+ 2. The loss is the sum over all response tokens of an optimizer step divided by their number, so that it
+    does not depend on how the step is cut into micro-batches.
+ 3. Over-long prompts are refused; theirs are cut on the right, which can cut the question off.
+ 4. A round without lessons is an error; theirs trains towards a teacher that knows nothing.
+ 5. Student and teacher see one prompt that differs in the experience block alone, and score identical ids.
+
+The file reads in calling order, bottom up: settings, the policy, the sampler, then deploy, extract, consolidate,
+evaluate, and main. Shapes: B batch, T sequence, V vocabulary, D width, N response tokens, R rows of the KV cache.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import prompts
+
+TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Everything that can be set, on the command line too. Defaults: the paper's for Qwen3-1.7B."""
+
+    model: str = option(str(TINY), "hub name or folder of the policy")
+    env: str = option("frozenlake", "game to play: frozenlake or sokoban")
+    out: str = option("", "run folder (default: runs/MODEL-ENV-SEED)")
+    seed: int = option(1, "seed of everything that is drawn")
+    rounds: int = option(3, "rounds of deploy, extract, consolidate")
+    device: str = option("", "cuda, mps or cpu (default: the first that is there)")
+    smoke: bool = option(False, "one very small round on the named model, to see that everything runs")
+    # how the policy writes
+    thinking: bool = option(
+        True, "let the policy reason before it answers, where its template has the switch"
+    )
+    reply_limit: int = option(1024, "new tokens in one reply of a game")
+    temperature: float = option(0.7, "of every sample, and of both sides of the KL (section 4.1)")
+    top_p: float = option(0.8, "nucleus for extraction and evaluation; logged prompts and students use none")
+    top_k: int = option(20, "likewise")
+    strict: bool = option(False, "ignore actions inside the reasoning, so a thought cut off makes no move")
+    # extraction
+    lists: int = option(10, "independently sampled experience lists a round")
+    episodes: int = option(15, "episodes that each list is folded over, on the same levels for every list")
+    form: str = option("free", "form of the lessons: free or items")
+    previous: bool = option(False, "show the extractor the list so far (E_{i-1})")
+    reasoning: bool = option(True, "show the extractor the reasoning inside the replies")
+    experience_budget: int = option(2048, "tokens of an experience list, and new tokens of an extraction")
+    experience: str = option("", "file with lessons to consolidate instead of extracting any")
+    # consolidation
+    steps: int = option(20, "optimizer steps a round")
+    batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
+    lr: float = option(5e-6, "learning rate, constant")
+    weight_decay: float = option(0.01, "of AdamW")
+    clip: float = option(1.0, "largest norm of a step's gradient")
+    kl_top_k: int = option(
+        0, "sum the KL over the student's top tokens only, as the authors do (256); 0: exact"
+    )
+    micro_tokens: int = option(8192, "padded tokens of one forward and backward pass")
+    checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
+    save_every: int = option(10, "steps between states that a killed consolidation resumes from")
+    # evaluation
+    eval_games: int = option(128, "held-out levels for the pass rate")
+    probe_games: int = option(64, "levels for in-context, unseen and forgetting pass rates")
+    eval_every: int = option(0, "also evaluate every so many steps of consolidation; 0: after rounds only")
+    rows: int = option(64, "replies that are sampled at the same time, memory permitting")
+
+
+# The paper's settings by model (its appendix), and ours for the embedded policy. They hold for both games.
+ITEMS = {"form": "items", "previous": True, "experience_budget": 8192, "lr": 1e-6}
+PRESETS = {
+    "Qwen3-1.7B": {},
+    "Qwen3-4B": {**ITEMS, "episodes": 25},
+    "Qwen3-8B": {**ITEMS, "episodes": 50, "steps": 100},
+    "Qwen3-4B-Instruct-2507": {**ITEMS, "thinking": False, "episodes": 50, "steps": 100},
+    "tiny": {
+        "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
+        "lists": 5, "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 1e-3, "checkpointing": False,
+    },
+}  # fmt: skip
+SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,
+         "experience_budget": 32, "eval_games": 4, "probe_games": 4}  # fmt: skip
+
+
+class UsageError(Exception):
+    """Something the user can mend: one line that says what was wrong, where, and what to do."""
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The command line as a Config: what was typed, else the model's preset, else the default."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        shown = (
+            f"{f.metadata['help']} [{f.default}]" if f.default not in ("", str(TINY)) else f.metadata["help"]
+        )
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown.replace("%", "%%"), **kind
+        )
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        parser.error(f"unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    typed = vars(typed)
+    name = Path(typed.get("model", TINY)).name
+    if name not in PRESETS:
+        print(f"no preset for {name}: using the settings of Qwen3-1.7B")
+    cfg = Config(**{**PRESETS.get(name, {}), **(SMOKE if typed.get("smoke") else {}), **typed})
+    cfg.out = cfg.out or f"runs/{name}-{cfg.env}-{cfg.seed}"
+    for f in dataclasses.fields(cfg):
+        least = 0 if f.name in ("seed", "top_k", "kl_top_k", "eval_every", "weight_decay", "rounds") else 1
+        value = getattr(cfg, f.name)
+        if f.type is int and value < least or f.type is float and not value >= 0:
+            parser.error(f"--{f.name.replace('_', '-')} is {value}; it must be at least {least}")
+    if cfg.form not in prompts.FORMS:
+        parser.error(f"--form is {cfg.form!r}; it must be one of {', '.join(prompts.FORMS)}")
+    return cfg
+
+
+def derive_seed(*parts: int) -> int:
+    """One 32-bit seed from several numbers (run seed, round, phase, ...), without accidental collisions."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+# --- the policy -------------------------------------------------------------------------------------------
+@dataclass
+class Policy:
+    """A model with its tokenizer: text in, text out.
+
+    `model` computes in bf16 on CUDA, in float32 elsewhere. `master` are its parameters in float32, the ones
+    that are optimized and saved (on a CPU the very same tensors): a step of 1e-6 is lost in bf16.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    master: list[torch.Tensor]
+    stop_ids: frozenset[int]
+    vocab_size: int  # ids the tokenizer knows; a head may have more rows, which are never sampled or scored
+    thinking: bool = True
+
+    def encode(self, message: str) -> list[int]:
+        return prompts.chat_ids(self.tokenizer, message, self.thinking)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def count_tokens(self, text: str) -> int:
+        return len(prompts.plain_ids(self.tokenizer, text))
+
+
+def find_device(wanted: str = "") -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = wanted or next(name for name, found in there.items() if found)
+    if not there.get(name.split(":")[0], False):
+        raise UsageError(f"--device {name} is not to be had here; there is {[n for n in there if there[n]]}")
+    return torch.device(name)
+
+
+def load_policy(source: str, device: torch.device, thinking: bool = True) -> Policy:
+    """Load a policy from a hub name or a folder: safetensors only, no remote code."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"no policy could be loaded from {source!r}: {reason}") from None
+    if tokenizer.chat_template is None:
+        raise UsageError(f"the tokenizer of {source!r} has no chat template: OEL needs a chat model")
+    check_supported(model)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    if vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer of {source!r} has {vocab_size} ids, its model {model.config.vocab_size}"
+        )
+    model.eval().to(device)
+    master = list(model.parameters())
+    if device.type == "cuda":
+        master = [p.detach() for p in master]
+        for p in model.parameters():  # not model.to(bf16), which would round the rotary frequencies too
+            p.data = p.data.to(torch.bfloat16)
+    stops = model.generation_config.eos_token_id if model.generation_config else None
+    stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+    return Policy(model, tokenizer, master, frozenset(stops - {None}), vocab_size, thinking)
+
+
+def check_supported(model) -> None:
+    """The sampler writes keys and values itself, so it must know how a layer attends: to everything before."""
+    config, name = model.config, type(model).__name__
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    problems = {
+        "it is not a decoder": config.is_encoder_decoder,
+        "it does not use the attention interface": not getattr(model, "_supports_attention_backend", False),
+        "it has layers without full attention": {
+            *(getattr(config, "layer_types", None) or ["full_attention"])
+        }
+        != {"full_attention"},
+        "it has a sliding window": getattr(config, "sliding_window", None)
+        and getattr(config, "use_sliding_window", True),
+        "it is a mixture of experts": getattr(config, "num_experts", None)
+        or getattr(config, "num_local_experts", None),
+        "it caps its logits": getattr(config, "final_logit_softcapping", None),
+        f"its rotary embedding is {rope!r}, which changes with the length": rope in ("dynamic", "longrope"),
+        "its head has a bias": getattr(model.get_output_embeddings(), "bias", None) is not None,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UsageError(
+                f"{name} is not supported: {problem}. Dense decoders such as Qwen3 or Llama are."
+            )
+
+
+# --- the sampler ------------------------------------------------------------------------------------------
+# Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs
+# any number of them at once. When a reply ends, its generator moves on at once and its next prompt takes the
+# free row, so a long reply never holds up the others.
+@dataclass
+class Request:
+    ids: list[int]  # the prompt
+    max_new_tokens: int
+
+
+@dataclass
+class Response:
+    ids: list[int]  # the sampled tokens, with the stop id if one was sampled
+    finish: str  # "stop" or "length"
+
+
+class Rows:
+    """A KV cache of R rows of equal length; rows 0 to n - 1 are live, each with its own number of tokens."""
+
+    def __init__(self, model, rows: int, length: int):
+        c = model.config
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        self.rows, self.length, self.n = rows, length, 0
+        shape = (2, c.num_hidden_layers, rows, c.num_key_value_heads, length, head_dim)
+        # Zeros, not garbage: what lies behind the mask is multiplied by 0, and NaN * 0 is NaN.
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.index = torch.arange(rows, device=model.device)
+        # A row: its newest token (not in the cache yet), tokens in the cache, prompt length, noise key.
+        self.token, self.used, self.born, self.key = (torch.zeros_like(self.index) for _ in range(4))
+        self.prefilling = False
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values (B, Hkv, t, head_dim); return those to attend to, (B, Hkv, reach, head_dim)."""
+        for cache, new in zip(self.kv[:, layer], (key, value), strict=True):
+            if self.prefilling:
+                cache[self.n : self.n + len(new), :, : new.shape[2]] = new
+            else:
+                cache[self.index[: self.n], :, self.used[: self.n]] = new[:, :, 0]
+        return tuple(self.kv[:, layer, : self.n, :, : self.reach])
+
+    def start_step(self, reach: int) -> None:
+        """Prepare a decoding step in which no row has more than `reach` tokens: one mask for all layers."""
+        self.reach = min(-(-reach // 32) * 32, self.length)  # rounded up: fewer shapes, aligned reads
+        behind = torch.arange(self.reach, device=self.kv.device) > self.used[: self.n, None]
+        mask = torch.zeros(self.n, 1, 1, self.reach, dtype=self.kv.dtype, device=self.kv.device)
+        self.mask = mask.masked_fill_(behind[:, None, None], -math.inf)
+
+    def free(self, row: int) -> None:
+        """Give a row back: the last live row takes its place, so that live rows stay together in front."""
+        self.n = last = self.n - 1
+        if row != last:
+            self.kv[:, :, row] = self.kv[:, :, last]
+            for state in (self.token, self.used, self.born, self.key):
+                state[row] = state[last]
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, oel_rows=None, **kwargs):
+    """Attention over Rows, called by the model's own layers; without Rows it is the hub's sdpa.
+
+    query (B, Hq, t, head_dim), key and value (B, Hkv, t, head_dim), rotated -> (B, t, Hq, head_dim).
+    """
+    if oel_rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    keys, values = oel_rows.store(module.layer_idx, key, value)
+    if oel_rows.prefilling:  # fresh rows see themselves only; the padding on the right sees, but is not seen
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    else:  # the Hq / Hkv queries that share a key head stand in for a sequence: keys are never copied
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=oel_rows.mask, scale=scaling)
+        out = out.reshape(query.shape)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("oel", attend)
+AttentionMaskInterface.register("oel", sdpa_mask)
+
+
+@contextlib.contextmanager
+def sampling_mode(model):
+    """Evaluation mode, no gradients, our attention; afterwards everything is as it was."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("oel")
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Scramble 32-bit numbers held in int64 (the finalizer of MurmurHash3)."""
+    low = 0xFFFFFFFF
+    x = x & low
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & low
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & low
+    return x ^ (x >> 16)
+
+
+def pick(
+    logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Sample a token for each row: logits (B, V), key (B,) -> ids (B,).
+
+    Gumbel's trick: argmax of logits / T + noise is a sample of the softmax. The noise of a token is a hash of
+    (key, token), so that a row draws the same whatever its neighbours are. Top-k comes before top-p.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    if top_k or top_p < 1:
+        logits, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, K), in falling order
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the first always stays
+    # 23 bits and a half: never 0 and never 1 in float32
+    uniform = ((mix(ids * 0x9E3779B1 + key[:, None]) >> 9) + 0.5) * 2.0**-23
+    choice = (logits - torch.log(-torch.log(uniform))).argmax(-1, keepdim=True)
+    return ids.gather(1, choice)[:, 0]
+
+
+def cache_tokens(model) -> int:
+    """How many tokens of KV cache fit in half of the memory that is free."""
+    c = model.config
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize  # bytes
+    free = 8 << 30
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(model.device)[0]
+    return free // 2 // token
+
+
+def drive(
+    model,
+    generators: list[Generator[Request, Response, object]],
+    *,
+    stop_ids,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rows: int = 64,
+    vocab_size: int | None = None,
+    desc: str | None = None,
+) -> list:
+    """Run generators that yield Requests and are sent Responses; return what they return, in order.
+
+    Continuous batching: while some replies go on, new prompts are prefilled into the rows of those that ended.
+    A reply's noise depends on (seed, which generator, which of its requests), on nothing else. ValueError for
+    a request that is empty or does not fit the model's context.
+    """
+    results, coming, rows = [None] * len(generators), iter(range(len(generators))), min(rows, len(generators))
+    waiting, live = [], []  # (generator, turn, request) next in line; the same and the reply so far, per row
+    budget, context = cache_tokens(model), getattr(model.config, "max_position_embeddings", math.inf)
+    cache, head = Rows(model, 1, 0), model.get_output_embeddings().weight[:vocab_size]
+    unmasked = torch.zeros(1, 1, 1, 1, device=model.device)  # any 4D mask keeps the hub from building its own
+    bar = tqdm(total=len(generators), desc=desc, leave=False, disable=desc is None, mininterval=0.5)
+    sampled, began = 0, time.perf_counter()
+
+    def advance(i: int, turn: int, response: Response | None) -> None:
+        """Hand a generator its response, and put its next request first in line."""
+        try:
+            request = generators[i].send(response)
+        except StopIteration as stop:
+            results[i] = stop.value
+            bar.update()
+            return
+        need = len(request.ids) + request.max_new_tokens
+        if not request.ids or request.max_new_tokens < 1 or need > context:
+            raise ValueError(
+                f"a prompt of {len(request.ids)} tokens and a reply of up to {request.max_new_tokens} do not "
+                f"fit the model's context of {context}; shorten the experience or the reply limit"
+            )
+        waiting.append((i, turn, request))
+
+    def room(need: int) -> int:
+        """How many rows there may be if each is to hold `need` tokens."""
+        return max(1, min(rows, budget // need))
+
+    def next_batch() -> list:
+        """The requests that go into free rows now: as many as fit the cache, 16k padded tokens at most."""
+        batch, need, widest = [], cache.length, 0
+        while True:
+            while not waiting and (i := next(coming, None)) is not None:
+                advance(i, 0, None)
+            if not waiting:
+                return batch
+            ids = waiting[-1][2].ids
+            need = max(need, -(-(len(ids) + waiting[-1][2].max_new_tokens) // 256) * 256)
+            widest = max(widest, len(ids))
+            if cache.n + len(batch) >= room(need) or batch and widest * (len(batch) + 1) > 16384:
+                return batch
+            batch.append(waiting.pop())
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = model.get_decoder()(
+            input_ids=ids, position_ids=positions, attention_mask=unmasked, use_cache=False, oel_rows=cache
+        )
+        return out.last_hidden_state  # (B, t, D)
+
+    def choose(hidden: torch.Tensor, where: slice) -> None:
+        """The next token of some rows, from the hidden state (B, D) of their last one."""
+        key = mix(cache.key[where] + (cache.used[where] - cache.born[where]) * 0x632BE5AB)
+        cache.token[where] = pick(hidden @ head.T, key, temperature, top_k, top_p)
+
+    def prefill(batch: list) -> None:
+        """Read whole prompts into new rows, padded on the right, and sample their first tokens."""
+        need = max(len(r.ids) + r.max_new_tokens for _, _, r in batch)
+        if need > cache.length or cache.n + len(batch) > cache.rows:
+            grow(max(need, cache.length))
+        lengths = torch.tensor([len(r.ids) for _, _, r in batch], device=model.device)
+        ids = torch.zeros(len(batch), max(len(r.ids) for _, _, r in batch), dtype=torch.long)
+        for row, (_, _, r) in enumerate(batch):
+            ids[row, : len(r.ids)] = torch.tensor(r.ids)
+        new = slice(cache.n, cache.n + len(batch))
+        cache.used[new] = cache.born[new] = lengths
+        cache.key[new] = torch.tensor(
+            [derive_seed(seed, i, turn) for i, turn, _ in batch], device=model.device
+        )
+        cache.prefilling, cache.reach = True, 0
+        hidden = forward(ids.to(model.device), torch.arange(ids.shape[1], device=model.device)[None])
+        choose(hidden[torch.arange(len(batch), device=model.device), lengths - 1], new)
+        cache.n, cache.prefilling = new.stop, False
+        live.extend((i, turn, r, []) for i, turn, r in batch)
+
+    def grow(need: int) -> None:
+        """A larger cache: rows of at least `need` tokens, as many as are allowed."""
+        nonlocal cache
+        old, length = cache, -(-need // 256) * 256
+        cache = Rows(model, room(length), length)
+        n = cache.n = old.n
+        cache.kv[:, :, :n, :, : old.length] = old.kv[:, :, :n]
+        for name in ("token", "used", "born", "key"):
+            getattr(cache, name)[:n] = getattr(old, name)[:n]
+
+    def retire() -> None:
+        """Read every row's newest token; where it ends the reply, free the row and advance its generator."""
+        finished = []
+        for row, token in enumerate(cache.token[: cache.n].tolist()):
+            i, turn, request, reply = live[row]
+            reply.append(token)
+            if token in stop_ids or len(reply) == request.max_new_tokens:
+                finished.append((i, turn, Response(reply, "stop" if token in stop_ids else "length"), row))
+        for *_, row in reversed(
+            finished
+        ):  # from the back: the row that moves into a hole is always a live one
+            cache.free(row)
+            live[row] = live[-1]
+            live.pop()
+        for i, turn, response, _ in finished:
+            advance(i, turn + 1, response)
+
+    with sampling_mode(model), bar:
+        while True:
+            if batch := next_batch():
+                prefill(batch)
+            if not cache.n:
+                return results
+            sampled += cache.n
+            bar.set_postfix_str(f"{sampled / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+            retire()
+            if cache.n:  # one decoding step: every row's newest token goes in, and the next one comes out
+                cache.start_step(1 + max(len(r.ids) + len(reply) for _, _, r, reply in live))
+                everyone = slice(0, cache.n)
+                hidden = forward(cache.token[everyone, None], cache.used[everyone, None])
+                cache.used[everyone] += 1
+                choose(hidden[:, 0], everyone)
+
+
+def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, seed=0, **more):
+    """One reply to each prompt: list of token ids -> list[Response].
+
+    `max_new_tokens` is a number or a list of them; temperature 0 is greedy; more options as in `drive`.
+    """
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+
+    def ask(request: Request):
+        return (yield request)
+
+    asked = [ask(Request(ids, limit)) for ids, limit in zip(prompts, limits, strict=True)]
+    return drive(
+        model, asked, stop_ids=stop_ids, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, **more
+    )
+
+
+def settings(policy: Policy, cfg: Config, seed: int, truncate: bool, desc: str | None = None) -> dict:
+    """How a phase samples: lessons, their episodes and evaluation truncate; logs and students do not."""
+    nucleus = {"top_p": cfg.top_p, "top_k": cfg.top_k} if truncate else {}
+    return dict(stop_ids=policy.stop_ids, vocab_size=policy.vocab_size, temperature=cfg.temperature, seed=seed,
+                rows=cfg.rows, desc=desc, **nucleus)  # fmt: skip
+
+
+# --- deploy: the user side, the only place that touches an environment --------------------------------------
+def episode(policy: Policy, game, seed: int, name: str, reply_limit: int, experience: str | None = None):
+    """Play one episode, as a generator. Returns the trajectory: {"id", "turns", "outcome"}.
+
+    A turn is {"prompt", "response", "feedback"}: the whole user message WITHOUT experience, the reply as the
+    model wrote it, and all that the game said then. `outcome` is for people; nothing learns from it.
+    """
+    observations, turns, done = [game.reset(seed)], [], False
+    task = getattr(game, "task", "").strip()
+    counts = {"reply_tokens": 0, "truncated": 0, "unclosed": 0}
+    while not done:
+        prompt = prompts.play_prompt(task, observations)
+        read = prompt if experience is None else prompts.with_experience(prompt, experience)
+        response = yield Request(policy.encode(read), reply_limit)
+        reply = policy.decode(response.ids)
+        feedback, done = game.step(reply)
+        observations.append(feedback)
+        turns.append({"prompt": prompt, "response": reply, "feedback": feedback})
+        counts["reply_tokens"] += len(response.ids)
+        counts["truncated"] += response.finish == "length"
+        counts["unclosed"] += policy.thinking and "</think>" not in reply and "<think>" in reply
+    invalid = getattr(game, "invalid_moves", 0)
+    outcome = {"won": bool(game.won), "turns": len(turns), "invalid": invalid, **counts}
+    return {"id": name, "turns": turns, "outcome": outcome}
+
+
+def make_game(cfg: Config, variant: str = "", *arguments):
+    """A game, or one of its variants ("unseen", "renamed"); None where the game has no such variant."""
+    from envs import GAMES  # here, because extract and consolidate need no environment
+
+    if cfg.env not in GAMES:
+        raise UsageError(f"--env {cfg.env}: there is no such game; there are {', '.join(GAMES)}")
+    maker = getattr(GAMES[cfg.env], variant, None) if variant else GAMES[cfg.env]
+    # A policy that does not think has no closing tag that strict parsing could wait for.
+    return maker and maker(*arguments, strict=cfg.strict and cfg.thinking)
+
+
+def level_seeds(split: str, n: int, start: int = 0) -> list[int]:
+    from envs import level_seeds
+
+    return level_seeds(split, n, start)
+
+
+def deploy(
+    policy: Policy, cfg: Config, seeds: list[int], seed: int, *, truncate: bool, desc="deploy"
+) -> list[dict]:
+    """Play an episode on the level of each seed, without any experience; return the trajectories."""
+    episodes = [
+        episode(policy, make_game(cfg), level, f"{i}-level{level}", cfg.reply_limit)
+        for i, level in enumerate(seeds)
+    ]
+    return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate, desc))
+
+
+# --- extract: text in, text out ---------------------------------------------------------------------------
+def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
+    """Fold one experience list over trajectories (Eq. 1), as a generator. It starts empty."""
+    experience = ""
+    for trajectory in trajectories:
+        previous = experience if cfg.previous else ""
+        message = prompts.extraction_prompt(trajectory, previous, cfg.form, cfg.reasoning)
+        response = yield Request(policy.encode(message), cfg.experience_budget)
+        lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
+        experience = prompts.accumulate(experience, lessons, cfg.experience_budget, policy.count_tokens)
+    return experience
+
+
+def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) -> list[str]:
+    """`cfg.lists` experience lists, each from its own equal share of the trajectories, all at the same time.
+
+    A list in which nothing was written is left out; if that is all of them, it is a UsageError.
+    """
+    share = -(-len(trajectories) // cfg.lists)
+    folds = [
+        lesson_list(policy, cfg, trajectories[i : i + share]) for i in range(0, len(trajectories), share)
+    ]
+    lists = drive(policy.model, folds, **settings(policy, cfg, seed, truncate=True, desc="extract"))
+    if cfg.smoke and not any(lists):
+        tqdm.write("smoke: 32 tokens were too few for a lesson; a made-up one stands in")
+        lists = [prompts.as_items(["Look at the board before every move."])]
+    if not any(lists):
+        raise UsageError(
+            f"no lesson was found in any of {len(lists)} lists (form {cfg.form!r}): "
+            "try --form free, a larger --experience-budget or another model"
+        )
+    return [experience for experience in lists if experience]
+
+
+# --- consolidate: the only part that changes weights ------------------------------------------------------
+class ReverseKL(torch.autograd.Function):
+    """Sum over positions of KL(p || q), p = softmax(h_s W_s^T / T), q likewise of the teacher; see reverse_kl.
+
+    With d = log p - log q, the gradient by the student's logits is p_j (d_j - sum_i p_i d_i) / T. Where the
+    student is all but certain, d_j and the sum cancel to the last digit; d is therefore measured from its
+    value at the likeliest token, which changes neither difference nor KL. Logits and gradients exist for one
+    chunk of positions at a time, so the forward pass computes both and the backward pass only hands them out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, student_hidden, teacher_hidden, student_weight, teacher_weight, temperature, top_k, chunk
+    ):
+        exact = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+        grad_hidden = torch.empty_like(student_hidden)
+        grad_weight = torch.zeros_like(student_weight, dtype=exact) if ctx.needs_input_grad[2] else None
+        total = torch.zeros((), dtype=exact, device=student_hidden.device)
+        for hs, ht, grad in zip(
+            *(x.split(chunk) for x in (student_hidden, teacher_hidden, grad_hidden))
+        ):  # (n, D)
+            logp = ((hs @ student_weight.T).to(exact) / temperature).log_softmax(-1)  # (n, V)
+            logq = ((ht @ teacher_weight.T).to(exact) / temperature).log_softmax(-1)
+            p, d = logp.exp(), logp - logq
+            if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
+                kept = torch.zeros_like(d).scatter_(-1, logp.topk(min(top_k, d.shape[-1]), -1).indices, 1)
+                total += (p * d * kept).sum()
+                d = (d + 1) * kept
+            else:
+                base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
+                d = d - base
+                total += (p * d).sum() + base.sum()
+            slope = p * (d - (p * d).sum(-1, keepdim=True)) / temperature  # (n, V), by the student's logits
+            slope = slope.to(student_weight.dtype)
+            grad.copy_(slope @ student_weight)
+            if grad_weight is not None:
+                grad_weight += slope.T @ hs
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(grad_hidden.dtype)
+        return grad_hidden * scale.to(grad_hidden.dtype), None, grad_weight, None, None, None, None
+
+
+def reverse_kl(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    temperature: float,
+    *,
+    top_k: int = 0,
+    chunk: int = 256,
+) -> torch.Tensor:
+    """KL(student || teacher) summed over N positions, in nats: the inner sum of Eq. 2, exact over V.
+
+    Hidden states (N, D) and head weights (V, D); both sides at one temperature, that of the student's samples.
+    No gradient flows into the teacher, and logits (N, V) are never stored whole. `top_k` is the authors' sum
+    over the student's top tokens. ValueError if the shapes do not fit.
+    """
+    if (
+        student_hidden.shape[0] != teacher_hidden.shape[0]
+        or student_weight.shape[0] != teacher_weight.shape[0]
+    ):
+        raise ValueError(
+            f"student and teacher differ in positions or vocabulary: {tuple(student_hidden.shape)} and "
+            f"{tuple(teacher_hidden.shape)}, {tuple(student_weight.shape)} and {tuple(teacher_weight.shape)}"
+        )
+    return ReverseKL.apply(
+        student_hidden, teacher_hidden, student_weight, teacher_weight, temperature, top_k, chunk
+    )
+
+
+@dataclass
+class Sample:
+    """One reply of the student, and the two prompts before it: without and with the experience."""
+
+    prompt_ids: list[int]
+    teacher_ids: list[int]
+    response_ids: list[int]
+
+
+def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]]):
+    """Hidden states (N, D) from which each response token is predicted, and those tokens (N,).
+
+    Sequences are padded on the right, where causal attention never looks; which positions count is known from
+    the lengths alone, never from a padding or stop id. So a sampled stop token is learned like any other.
+    """
+    full = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
+    ids = torch.zeros(len(full), max(map(len, full)), dtype=torch.long)  # (B, T)
+    counts = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, tokens) in enumerate(zip(prompt_ids, full, strict=True)):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        counts[row, len(prompt) - 1 : len(tokens) - 1] = True  # position t predicts token t + 1
+    predicted = ids.roll(-1, 1)[counts]
+    hidden = model.get_decoder()(
+        input_ids=ids.to(model.device), use_cache=False
+    ).last_hidden_state  # (B, T, D)
+    return hidden[counts.to(model.device)], predicted
+
+
+def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
+    """Cut samples into batches of like length, of at most `budget` padded tokens on the teacher's side."""
+    batches = []
+    for s in sorted(samples, key=lambda s: len(s.teacher_ids) + len(s.response_ids)):
+        length = len(s.teacher_ids) + len(s.response_ids)  # the longest so far, since sorted
+        if not batches or (len(batches[-1]) + 1) * length > budget:
+            batches.append([])
+        batches[-1].append(s)
+    return batches
+
+
+def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> float:
+    """The manual step: the gradient of Eq. 2 over samples, left in the `.grad` of `policy.master`; the loss.
+
+    The loss is the mean over all response tokens of the samples, however they are cut into micro-batches.
+    """
+    student, n_tokens, loss = policy.model, sum(len(s.response_ids) for s in samples), 0.0
+    for batch in micro_batches(samples, cfg.micro_tokens):
+        responses = [s.response_ids for s in batch]
+        with torch.no_grad():
+            teacher_hidden, seen = response_hidden(teacher, [s.teacher_ids for s in batch], responses)
+        student_hidden, predicted = response_hidden(student, [s.prompt_ids for s in batch], responses)
+        assert torch.equal(seen, predicted), "student and teacher must score the same response ids"
+        kl = reverse_kl(
+            student_hidden,
+            teacher_hidden,
+            student.get_output_embeddings().weight[: policy.vocab_size],
+            teacher.get_output_embeddings().weight[: policy.vocab_size],
+            cfg.temperature,
+            top_k=cfg.kl_top_k,
+        )
+        (kl / n_tokens).backward()
+        loss += kl.item() / n_tokens
+        for p, master in zip(student.parameters(), policy.master, strict=True):
+            if p is not master and p.grad is not None:  # bf16 gradients add up in float32
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+    return loss
+
+
+def consolidate(
+    policy: Policy,
+    cfg: Config,
+    logs: list[dict],
+    experiences: list[str] | None,
+    seed: int,
+    state: Path | None = None,
+    on_step: Callable[[int, dict], None] = lambda step, record: None,
+) -> None:
+    """On-policy context distillation (Eq. 2) of the experience lists into the policy's weights, in place.
+
+    Every step takes the next `cfg.batch_episodes` logged trajectories, answers each of their prompts once with
+    the weights of the moment, and updates once. `experiences=None` is the control in which the teacher knows
+    no more than the student. `state` is a file to resume from. FloatingPointError if the loss is not finite.
+    """
+    teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(policy.master, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)
+    first = 1 + load_state(state, policy, optimizer)
+    policy.model.train()
+    if cfg.checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for step in range(first, cfg.steps + 1):
+        began = time.perf_counter()
+        # 1. logged prompts, each with one list drawn at random for the teacher
+        batch = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
+        logged = [turn["prompt"] for trajectory in batch for turn in trajectory["turns"]]
+        draw = random.Random(derive_seed(seed, step))
+        told = [prompts.with_experience(x, draw.choice(experiences)) if experiences else x for x in logged]
+        # 2. y ~ pi_theta(.|x): the student answers without the experience
+        prompt_ids = [policy.encode(x) for x in logged]
+        how = settings(
+            policy, cfg, derive_seed(seed, step, 1), truncate=False, desc=f"step {step}/{cfg.steps}"
+        )
+        responses = sample(policy.model, prompt_ids, max_new_tokens=cfg.reply_limit, **how)
+        samples = [
+            Sample(x, policy.encode(e_x), y.ids)
+            for x, e_x, y in zip(prompt_ids, told, responses, strict=True)
+        ]
+        # 3. the gradient of the mean reverse KL, clipped, and one update
+        loss = distill(policy, teacher, samples, cfg)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.master, cfg.clip).item()
+        if not math.isfinite(loss + grad_norm):
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; weights were not changed"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for p, master in zip(policy.model.parameters(), policy.master, strict=True):
+                if p is not master:
+                    p.copy_(master)
+        # 4. the record
+        n_tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
+        on_step(step, {"loss": loss, "grad_norm": grad_norm, "tokens": n_tokens, "replies": len(samples),
+                       "seconds": seconds, "tokens_per_second": n_tokens / seconds})  # fmt: skip
+        if state and step % cfg.save_every == 0 and step < cfg.steps:
+            save_state(state, step, policy, optimizer)
+    policy.model.gradient_checkpointing_disable()
+    policy.model.eval()
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------
+def wilson(won: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a pass rate."""
+    z, p = 1.96, won / n
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+
+
+def pass_rate(trajectories: list[dict]) -> float:
+    return sum(t["outcome"]["won"] for t in trajectories) / len(trajectories)
+
+
+def play_held_out(
+    policy: Policy, cfg: Config, games: list, experiences: list[str | None], seed: int, desc: str
+):
+    """Play games on held-out levels, the i-th on level i; an experience stands in the prompt unless None."""
+    episodes = [
+        episode(policy, game, level, f"level{level}", cfg.reply_limit, experience)
+        for game, level, experience in zip(
+            games, level_seeds("held_out", len(games)), experiences, strict=True
+        )
+    ]
+    return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate=True, desc=desc))
+
+
+def evaluate_in_context(policy: Policy, cfg: Config, experiences: list[str], seed: int) -> float:
+    """Pass rate with the lessons in the prompt instead of the weights: level i reads list i mod L."""
+    games = [make_game(cfg) for _ in range(cfg.probe_games)]
+    told = [experiences[i % len(experiences)] for i in range(len(games))]
+    return pass_rate(play_held_out(policy, cfg, games, told, seed, "in context"))
+
+
+def evaluate(policy: Policy, cfg: Config, seed: int) -> tuple[dict, list[dict]]:
+    """Play held-out levels, used for nothing else: the metrics, and the trajectories of the pass rate.
+
+    pass_rate (with its Wilson interval), reply_tokens and the rates per reply come from plain episodes;
+    unseen_pass_rate from a variant never trained on (4x4 boards); forgetting_pass_rate from games with other
+    letters whose rules stand in the prompt, which a policy that has not forgotten how to read still wins.
+    """
+    n = cfg.probe_games
+    played = play_held_out(policy, cfg, [make_game(cfg) for _ in range(cfg.eval_games)], [None] * cfg.eval_games,
+                           seed, "evaluate")  # fmt: skip
+    total = {key: sum(t["outcome"][key] for t in played) for key in played[0]["outcome"]}
+    low, high = wilson(total["won"], len(played))
+    metrics = {"pass_rate": pass_rate(played), "pass_rate_low": low, "pass_rate_high": high,
+               "reply_tokens": total["reply_tokens"] / total["turns"], "unseen_pass_rate": None,
+               "forgetting_pass_rate": None, "invalid_rate": total["invalid"] / total["turns"],
+               "truncated_rate": total["truncated"] / total["turns"],
+               "unclosed_rate": total["unclosed"] / total["turns"]}  # fmt: skip
+    if make_game(cfg, "unseen"):
+        games = [make_game(cfg, "unseen") for _ in range(n)]
+        metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, games, [None] * n, seed, "unseen"))
+    if make_game(cfg, "renamed", 0):
+        games = [make_game(cfg, "renamed", i) for i in range(n)]
+        rules = [prompts.as_items(game.rules()) for game in games]
+        metrics["forgetting_pass_rate"] = pass_rate(
+            play_held_out(policy, cfg, games, rules, seed, "forgetting")
+        )
+    return metrics, played
+
+
+# --- the run folder ---------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Write to a temporary neighbour (a file or a folder) that takes the name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    discard(temporary)
+    try:
+        yield temporary
+        discard(path)
+        os.replace(temporary, path)
+    finally:
+        discard(temporary)
+
+
+def discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    with atomic(path) as part:
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSONL file, none if it does not exist; UsageError names the line that is no object."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"{path}, line {number}: not a JSON object ({error}); mend or delete it"
+            ) from None
+    return rows
+
+
+def recorded(path: Path, compute: Callable[[], list[dict]]) -> list[dict]:
+    """What a stage produced: read back if its record exists, else computed and recorded."""
+    if not path.exists():
+        write_jsonl(path, compute())
+    return read_jsonl(path)
+
+
+def save_model(path: Path, policy: Policy) -> None:
+    """A Hugging Face folder with the float32 master weights, complete or absent."""
+    names = [name for name, _ in policy.model.named_parameters()]
+    with atomic(path) as part:
+        policy.model.save_pretrained(part, state_dict=dict(zip(names, policy.master, strict=True)))
+        policy.tokenizer.save_pretrained(part)
+
+
+def save_state(path: Path, step: int, policy: Policy, optimizer) -> None:
+    with atomic(path) as part:
+        weights = [p.detach() for p in policy.master]
+        torch.save({"step": step, "master": weights, "optimizer": optimizer.state_dict()}, part)
+
+
+def load_state(path: Path | None, policy: Policy, optimizer) -> int:
+    """Put a consolidation back to where its state was saved; return the number of steps it had made."""
+    if path is None or not path.exists():
+        return 0
+    saved = torch.load(path, map_location=policy.model.device, weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    with torch.no_grad():
+        for p, master, weight in zip(policy.model.parameters(), policy.master, saved["master"], strict=True):
+            master.copy_(weight)
+            p.copy_(weight)
+    return saved["step"]
+
+
+def open_run(cfg: Config) -> Path:
+    """The run folder, new or to be resumed; UsageError if it was made with other settings."""
+    out = Path(cfg.out)
+    wanted = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "rounds", "device")}
+    if (out / "config.json").exists():
+        there = json.loads((out / "config.json").read_text())
+        changed = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in wanted.items() if there.get(k) != v]
+        if changed:
+            raise UsageError(
+                f"{out} was run with other settings ({'; '.join(changed)}); choose another --out"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is no run folder; choose another --out")
+    with atomic(out / "config.json") as part:
+        part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    return out
+
+
+# --- main -------------------------------------------------------------------------------------------------
+def run(cfg: Config) -> list[dict]:
+    """The algorithm of the docstring, with a record of everything; returns the rows of metrics.jsonl.
+
+    Every stage is recorded when it is complete, and one whose record exists is read back instead of run, so the
+    same command continues a run that was stopped.
+    """
+    make_game(cfg)  # complain now rather than after loading
+    given = Path(cfg.experience).read_text(encoding="utf-8") if cfg.experience else ""
+    if cfg.experience and not given.strip():
+        raise UsageError(f"--experience {cfg.experience}: the file is empty")
+    policy = load_policy(cfg.model, find_device(cfg.device), cfg.thinking)
+    out = open_run(cfg)
+    metrics, steps = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "steps.jsonl")
+
+    def seed(round: int, phase: int) -> int:
+        return derive_seed(cfg.seed, round, phase)
+
+    def measure(round: int, step: int, began: float, in_context: float | None = None) -> None:
+        """Evaluate and record a row of metrics.jsonl, once. The levels' noise is the same in every round."""
+        if any((row["round"], row["step"]) == (round, step) for row in metrics):
+            return
+        found, played = evaluate(policy, cfg, seed(0, 0))
+        row = {"round": round, "step": step, **found, "in_context_pass_rate": in_context}
+        metrics.append({**row, "seconds": time.perf_counter() - began})
+        write_jsonl(out / f"round{round}" / "held_out.jsonl", played)
+        write_jsonl(out / "metrics.jsonl", metrics)
+        tqdm.write(f"round {round} step {step}: " + summary(row))
+
+    measure(0, 0, time.perf_counter())
+    for r in range(1, cfg.rounds + 1):
+        folder, began = out / f"round{r}", time.perf_counter()
+        if (folder / "model").exists() and (out / f"round{r + 1}").exists():
+            continue  # a later round goes on from its own records
+        if r > 1 or (folder / "model").exists():
+            ready = folder if (folder / "model").exists() else out / f"round{r - 1}"
+            policy = load_policy(str(ready / "model"), policy.model.device, cfg.thinking)
+
+        # 1. and 2. play, read, write lessons: every list on the same levels with its own noise
+        if given:
+            experiences = [given]
+        else:
+            levels = level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
+            trajectories = recorded(
+                folder / "trajectories.jsonl",
+                lambda: deploy(policy, cfg, levels, seed(r, 1), truncate=True, desc="deploy to extract"),
+            )
+            if not (folder / "experience").exists():
+                with atomic(folder / "experience") as part:
+                    part.mkdir()
+                    for i, experience in enumerate(extract(policy, cfg, trajectories, seed(r, 2))):
+                        (part / f"{i:02}.txt").write_text(experience + "\n", encoding="utf-8")
+            experiences = [
+                file.read_text(encoding="utf-8") for file in sorted((folder / "experience").iterdir())
+            ]
+        in_context = recorded(
+            folder / "in_context.jsonl",
+            lambda: [{"in_context_pass_rate": evaluate_in_context(policy, cfg, experiences, seed(0, 0))}],
+        )[0]["in_context_pass_rate"]
+
+        # 1. again, on other levels, and 3. what was written down goes into the weights
+        n = cfg.steps * cfg.batch_episodes
+        logs = recorded(
+            folder / "logs.jsonl",
+            lambda: deploy(policy, cfg, level_seeds("deployment", n, r * n), seed(r, 3), truncate=False),
+        )
+
+        def on_step(step: int, record: dict) -> None:
+            steps[:] = [s for s in steps if (s["round"], s["step"]) < (r, step)] + [
+                {"round": r, "step": step, **record}
+            ]
+            write_jsonl(out / "steps.jsonl", steps)
+            tqdm.write(
+                f"round {r} step {step}: loss {record['loss']:.4f}  gradient {record['grad_norm']:.3f}  "
+                f"{record['tokens']} tokens  {record['tokens_per_second']:,.0f} tokens/s"
+            )
+            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+                measure(r, step, began)
+
+        if not (folder / "model").exists():
+            consolidate(policy, cfg, logs, experiences, seed(r, 4), folder / "state" / "step.pt", on_step)
+            save_model(folder / "model", policy)
+            discard(folder / "state")
+        measure(r, cfg.steps, began, in_context)
+    print(table([row for row in metrics if row["step"] in (0, cfg.steps)]))
+    return metrics
+
+
+COLUMNS = {"pass_rate": "pass rate", "reply_tokens": "reply tokens", "in_context_pass_rate": "in context",
+           "unseen_pass_rate": "unseen", "forgetting_pass_rate": "forgetting"}  # fmt: skip
+
+
+def shown(row: dict, key: str) -> str:
+    if row[key] is None:
+        return "-"
+    interval = f" [{row['pass_rate_low']:.0%}, {row['pass_rate_high']:.0%}]" if key == "pass_rate" else ""
+    return f"{row[key]:.0f}" if key == "reply_tokens" else f"{row[key]:.1%}{interval}"
+
+
+def summary(row: dict) -> str:
+    return ", ".join(f"{name} {shown(row, key)}" for key, name in COLUMNS.items() if row[key] is not None)
+
+
+def table(rows: list[dict]) -> str:
+    """The metrics as a table, a round a line."""
+    cells = [["round", *COLUMNS.values()]] + [
+        [str(row["round"]), *(shown(row, k) for k in COLUMNS)] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_args(argv)
+    print("\n".join(f"{k:20} {v}" for k, v in dataclasses.asdict(cfg).items()))
+    try:
+        with tempfile.TemporaryDirectory() if cfg.smoke else contextlib.nullcontext() as scratch:
+            run(dataclasses.replace(cfg, out=scratch) if cfg.smoke else cfg)
+        if cfg.smoke:
+            print("ok")
+    except UsageError as error:
+        sys.exit(f"oel.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
