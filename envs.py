@@ -7,15 +7,15 @@ This module knows nothing of models. A game is any class with
                                        whether the episode is over (the last text tells how it ended)
     won -> bool                        whether the episode was won
 
-and, if it likes, `task` (what the player is told to do), `invalid_moves` (how many moves were refused),
-and the class methods `unseen()` (a harder variant) and `renamed(seed)` (the same game with other letters,
-whose `rules()` say in words what the letters mean), which the evaluation probes.
-
-Dynamics follow TextArena's games of the same names; the wording is our own.
+and, if it likes, `task` (what the player is told to do), `invalid_moves` (how many were refused), and what
+the evaluation probes: class methods `unseen()`, a harder variant, and `renamed(seed)`, the same game with
+other letters, whose `rules()` say in words what they mean. Dynamics follow TextArena's games of the same
+names, checked move by move; the wording is our own.
 """
 
 import random
 import re
+import zlib
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 WASD = {"w": "up", "s": "down", "a": "left", "d": "right"}
@@ -59,7 +59,9 @@ class GridGame:
         "End your reply with one action in square brackets."
     )
 
-    def __init__(self, max_turns: int, strict: bool = False):
+    def __init__(self, max_turns: int, strict: bool, *letters: str):
+        if not all(letters) or sorted("".join(letters)) != sorted({*"".join(letters)} & {*LETTERS}):
+            raise ValueError(f"every thing on a board has capitals of its own, other than P; not {letters}")
         self.max_turns, self.strict = max_turns, strict
         self.start_episode()
 
@@ -71,18 +73,26 @@ class GridGame:
     def from_board(cls, rows: list[str], **options):
         """A game on a given board, one symbol a cell, `P` the player. ValueError if the board is no board."""
         game = cls(**options)
-        if not rows or any(not isinstance(row, str) or not row for row in rows):
-            raise ValueError(f"a board is a list of non-empty strings, one symbol a cell, not {rows!r}")
-        if sum(row.count("P") for row in rows) != 1:
+        if not rows or any(not isinstance(row, str) or not row or len(row) != len(rows[0]) for row in rows):
+            raise ValueError(f"a board is a list of equally long strings, one symbol a cell, not {rows!r}")
+        if "".join(rows).count("P") != 1:
             raise ValueError(f"a board has exactly one player P: {rows!r}")
         game.load(rows)
         return game
 
+    @classmethod
+    def renamed(cls, seed: int, strict: bool = False):
+        """The same game with letters that it does not use itself, drawn by the seed."""
+        rng = random.Random(seed)
+        letters = sorted(set(LETTERS) - {letter for _, letter in cls.things})
+        letters.sort(key=lambda _: rng.random())
+        return cls(**{thing: letters.pop() for thing, _ in cls.things}, strict=strict)
+
     def reset(self, seed: int) -> str:
         """Start the level of this seed and return the first observation."""
         # Of Python's generators only random() is promised to give the same numbers in every version.
-        rng = random.Random(seed)
-        self.load(self.new_level(lambda items: items[int(rng.random() * len(items))], seed))
+        draw = random.Random(seed).random
+        self.load(self.new_level(lambda items: items[int(draw() * len(items))], seed))
         self.start_episode()
         return self.observation()
 
@@ -119,22 +129,18 @@ class FrozenLake(GridGame):
     board is harmless.
     """
 
+    things = (("hole", "H"), ("goal", "G"))
+
     def __init__(self, size=3, num_holes=2, max_turns=5, hole="H", goal="G", strict=False):
-        super().__init__(max_turns, strict)
+        super().__init__(max_turns, strict, hole, goal)
         if size < 2 or not 0 <= num_holes <= (size - 1) ** 2:  # an L of 2 * size - 1 free cells always fits
             raise ValueError(f"no {size}x{size} board with {num_holes} holes and a sure path to the goal")
         self.size, self.num_holes, self.hole, self.goal = size, num_holes, hole, goal
 
     @classmethod
     def unseen(cls, strict=False):
-        """4x4 boards with three holes: 334 boards, all of shortest length 6, never trained on."""
+        """4x4 with three holes: 334 boards, all of shortest length 6, never trained on."""
         return cls(size=4, num_holes=3, max_turns=8, strict=strict)
-
-    @classmethod
-    def renamed(cls, seed: int, strict=False):
-        """The same game with two letters drawn from those that the game itself does not use."""
-        hole, goal = random.Random(seed).sample([c for c in LETTERS if c not in "HG"], 2)
-        return cls(hole=hole, goal=goal, strict=strict)
 
     def rules(self) -> list[str]:
         """The rules in words. Only the forgetting probe and the reports ever show them."""
@@ -164,8 +170,6 @@ class FrozenLake(GridGame):
         return (n[-1], n[-1]) in seen
 
     def load(self, rows: list[str]) -> None:
-        if any(len(row) != len(rows[0]) for row in rows):
-            raise ValueError(f"the rows of a board are equally long: {rows!r}")
         self.player = next((r, row.index("P")) for r, row in enumerate(rows) if "P" in row)
         self.cells = [list(row.replace("P", " ")) for row in rows]
 
@@ -186,7 +190,7 @@ class FrozenLake(GridGame):
 
     def move(self, direction: str) -> tuple[str, str]:
         r, c = self.player[0] + MOVES[direction][0], self.player[1] + MOVES[direction][1]
-        if not (0 <= r < len(self.cells) and 0 <= c < len(self.cells[0])):
+        if r not in range(len(self.cells)) or c not in range(len(self.cells[0])):
             raise InvalidMove(f"there is no cell {direction} of you")
         self.player = (r, c)
         ended = ""
@@ -200,20 +204,17 @@ class FrozenLake(GridGame):
 class Sokoban(GridGame):
     """Push every box onto a target. Boxes are pushed by walking into them, one at a time, never pulled."""
 
+    things = (("box", "X"), ("target", "O"))
+
     def __init__(self, size=6, max_turns=5, box="X", target="O", strict=False):
-        super().__init__(max_turns, strict)
-        if size < 5:
-            raise ValueError(f"a room of {size}x{size} is too small: 5 is the least")
+        super().__init__(max_turns, strict, box, target)
+        if size < 5 or len(box + target) != 2:
+            raise ValueError(
+                f"a room is at least 5x5, with one letter each: {size}x{size}, {box!r}, {target!r}"
+            )
         self.size, self.box, self.target = size, box, target
 
-    @classmethod
-    def renamed(cls, seed: int, strict=False):
-        """The same game with two letters drawn from those that the game itself does not use."""
-        box, target = random.Random(seed).sample([c for c in LETTERS if c not in "XO"], 2)
-        return cls(box=box, target=target, strict=strict)
-
     def rules(self) -> list[str]:
-        """The rules in words. Only the forgetting probe and the reports ever show them."""
         return [
             f"{self.box} is a box. Stepping on {self.box} pushes it.",
             f"{self.target} is a target. A box on {self.target} wins.",
@@ -223,39 +224,39 @@ class Sokoban(GridGame):
     def new_level(self, pick, seed: int) -> list[str]:
         """A room with one box, up to three inner walls, and a shortest solution of 1 to 5 moves.
 
-        The length goes round with the seed, so that each of the lengths has the same share of the levels.
+        The length goes round with the seed, so that all five have equal shares of the levels. A room belongs
+        to one split, by its checksum: no held-out room is ever played to learn from.
         """
         n, wanted = self.size, 1 + seed // len(SPLITS) % 5
         inside = [(r, c) for r in range(1, n - 1) for c in range(1, n - 1)]
         while True:
             cells = [["_" if (r, c) in inside else "#" for c in range(n)] for r in range(n)]
-            for symbol in "#" * pick([0, 1, 2, 3]) + self.box + self.target + "P":
+            for symbol in "#" * pick([0, 1, 2, 3]) + "XOP":
                 r, c = pick([(r, c) for r, c in inside if cells[r][c] == "_"])
                 cells[r][c] = symbol
-            self.load(["".join(row) for row in cells])
-            if self.solution_length(limit=5) == wanted:
-                return self.board()
+            rows = ["".join(row) for row in cells]
+            if zlib.crc32("".join(rows).encode()) % len(SPLITS) == seed % len(SPLITS):
+                self.load([row.translate(str.maketrans("XO", self.box + self.target)) for row in rows])
+                if self.solution_length(limit=5) == wanted:
+                    return self.board()
 
     def load(self, rows: list[str]) -> None:
-        where = {symbol: set() for symbol in {*"".join(rows), *"P#√", self.box, self.target}}
-        for r, row in enumerate(rows):
-            for c, symbol in enumerate(row):
-                where[symbol].add((r, c))
+        cells = {(r, c): symbol for r, row in enumerate(rows) for c, symbol in enumerate(row)}
+        walls, targets, boxes, players = (
+            {cell for cell, symbol in cells.items() if symbol in symbols}
+            for symbols in ("#", self.target + "√", self.box + "√", "P")
+        )
         self.shape = (len(rows), len(rows[0]))
-        if any(len(row) != self.shape[1] for row in rows):
-            raise ValueError(f"the rows of a board are equally long: {rows!r}")
-        self.walls, self.targets = where["#"], where[self.target] | where["√"]
-        self.boxes, (self.player,) = frozenset(where[self.box] | where["√"]), where["P"]
+        self.walls, self.targets, self.boxes, (self.player,) = walls, targets, frozenset(boxes), players
 
     def board(self) -> list[str]:
         """The rows, one symbol a cell; `√` is a box on a target, and the player hides what is under it."""
 
         def symbol(cell):
-            if cell == self.player:
-                return "P"
             if cell in self.boxes:
                 return "√" if cell in self.targets else self.box
-            return "#" if cell in self.walls else self.target if cell in self.targets else "_"
+            on = {cell in self.targets: self.target, cell in self.walls: "#", cell == self.player: "P"}
+            return on.get(True, "_")
 
         return ["".join(symbol((r, c)) for c in range(self.shape[1])) for r in range(self.shape[0])]
 
@@ -268,14 +269,12 @@ class Sokoban(GridGame):
         ahead, beyond = (r + dr, c + dc), (r + 2 * dr, c + 2 * dc)
 
         def free(cell):
-            inside = 0 <= cell[0] < self.shape[0] and 0 <= cell[1] < self.shape[1]
-            return inside and cell not in self.walls and cell not in boxes
+            inside = cell[0] in range(self.shape[0]) and cell[1] in range(self.shape[1])
+            return inside and cell not in self.walls | boxes
 
-        if free(ahead):
-            return ahead, boxes
         if ahead in boxes and free(beyond):
             return ahead, boxes - {ahead} | {beyond}
-        return None
+        return (ahead, boxes) if free(ahead) else None
 
     def solution_length(self, limit: int) -> int | None:
         """Fewest moves that put every box on a target, by breadth-first search; None beyond the limit."""
@@ -288,15 +287,14 @@ class Sokoban(GridGame):
         return None
 
     def move(self, direction: str) -> tuple[str, str]:
-        moved = self.after(self.player, self.boxes, direction)
-        if moved is None:
+        if (moved := self.after(self.player, self.boxes, direction)) is None:
             raise InvalidMove(f"the way {direction} is blocked")
         pushed = sorted(moved[1] - self.boxes)
         self.player, self.boxes = moved
-        text = f"You moved {direction} to ({self.player[0]},{self.player[1]})"
-        text += f" and pushed a box to ({pushed[0][0]},{pushed[0][1]})." if pushed else "."
+        push = f" and pushed a box to ({pushed[0][0]},{pushed[0][1]})" if pushed else ""
         self.won = self.boxes <= self.targets
-        return text, "Every box is on a target. The episode succeeded." if self.won else ""
+        ended = "Every box is on a target. The episode succeeded." if self.won else ""
+        return f"You moved {direction} to ({self.player[0]},{self.player[1]}){push}.", ended
 
 
 GAMES = {"frozenlake": FrozenLake, "sokoban": Sokoban}

@@ -24,14 +24,13 @@ the step plain supervised learning on the student's own replies. No environment 
 Where this script departs from the authors' code, on purpose:
 
  1. The KL is exact and over the whole vocabulary; theirs sums over the student's top 256 tokens (--kl-top-k).
- 2. The loss is the sum over all response tokens of an optimizer step divided by their number, so that it
-    does not depend on how the step is cut into micro-batches.
+ 2. The loss is the mean over all response tokens of a step, however it is cut into micro-batches.
  3. Over-long prompts are refused; theirs are cut on the right, which can cut the question off.
  4. A round without lessons is an error; theirs trains towards a teacher that knows nothing.
  5. Student and teacher see one prompt that differs in the experience block alone, and score identical ids.
 
-The file reads in calling order, bottom up: settings, the policy, the sampler, then deploy, extract, consolidate,
-evaluate, and main. Shapes: B batch, T sequence, V vocabulary, D width, N response tokens, R rows of the KV cache.
+In this file: settings, the policy, the sampler, then deploy, extract, consolidate, evaluate, and main.
+Shapes: B batch, T sequence, V vocabulary, D width, N response tokens, R rows of the KV cache.
 """
 
 import argparse
@@ -53,11 +52,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 import prompts
 
@@ -81,9 +78,7 @@ class Config:
     device: str = option("", "cuda, mps or cpu (default: the first that is there)")
     smoke: bool = option(False, "one very small round on the named model, to see that everything runs")
     # how the policy writes
-    thinking: bool = option(
-        True, "let the policy reason before it answers, where its template has the switch"
-    )
+    thinking: bool = option(True, "let the policy reason before it answers, if its template has the switch")
     reply_limit: int = option(1024, "new tokens in one reply of a game")
     temperature: float = option(0.7, "of every sample, and of both sides of the KL (section 4.1)")
     top_p: float = option(0.8, "nucleus for extraction and evaluation; logged prompts and students use none")
@@ -103,9 +98,7 @@ class Config:
     lr: float = option(5e-6, "learning rate, constant")
     weight_decay: float = option(0.01, "of AdamW")
     clip: float = option(1.0, "largest norm of a step's gradient")
-    kl_top_k: int = option(
-        0, "sum the KL over the student's top tokens only, as the authors do (256); 0: exact"
-    )
+    kl_top_k: int = option(0, "sum the KL over the student's top tokens only (the authors: 256); 0: exact")
     micro_tokens: int = option(8192, "padded tokens of one forward and backward pass")
     checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     save_every: int = option(10, "steps between states that a killed consolidation resumes from")
@@ -123,16 +116,14 @@ PRESETS = {
     "Qwen3-4B": {**ITEMS, "episodes": 25},
     "Qwen3-8B": {**ITEMS, "episodes": 50, "steps": 100},
     "Qwen3-4B-Instruct-2507": {**ITEMS, "thinking": False, "episodes": 50, "steps": 100},
-    "tiny": {
-        "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
-        "lists": 5, "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 1e-3, "checkpointing": False,
-    },
+    "tiny": {"form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256, "lists": 5,
+             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 1e-3, "checkpointing": False},
 }  # fmt: skip
 SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,
          "experience_budget": 32, "eval_games": 4, "probe_games": 4}  # fmt: skip
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Something the user can mend: one line that says what was wrong, where, and what to do."""
 
 
@@ -140,13 +131,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
     """The command line as a Config: what was typed, else the model's preset, else the default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
-        shown = (
-            f"{f.metadata['help']} [{f.default}]" if f.default not in ("", str(TINY)) else f.metadata["help"]
-        )
+        name, about = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{f.default}]"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=shown.replace("%", "%%"), **kind
-        )
+        parser.add_argument(name, default=argparse.SUPPRESS, help=about.replace("%", "%%"), **kind)
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
@@ -158,12 +145,13 @@ def parse_args(argv: list[str] | None = None) -> Config:
     cfg = Config(**{**PRESETS.get(name, {}), **(SMOKE if typed.get("smoke") else {}), **typed})
     cfg.out = cfg.out or f"runs/{name}-{cfg.env}-{cfg.seed}"
     for f in dataclasses.fields(cfg):
-        least = 0 if f.name in ("seed", "top_k", "kl_top_k", "eval_every", "weight_decay", "rounds") else 1
         value = getattr(cfg, f.name)
-        if f.type is int and value < least or f.type is float and not value >= 0:
-            parser.error(f"--{f.name.replace('_', '-')} is {value}; it must be at least {least}")
+        may_be_zero = f.name in ("seed", "rounds", "top_k", "kl_top_k", "eval_every", "weight_decay", "lr")
+        if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
+            wanted = "0 or more" if may_be_zero else "more than 0"
+            parser.error(f"--{f.name.replace('_', '-')} is {value}: it must be {wanted}")
     if cfg.form not in prompts.FORMS:
-        parser.error(f"--form is {cfg.form!r}; it must be one of {', '.join(prompts.FORMS)}")
+        parser.error(f"--form is {cfg.form!r}: it must be one of {', '.join(prompts.FORMS)}")
     return cfg
 
 
@@ -178,7 +166,7 @@ class Policy:
     """A model with its tokenizer: text in, text out.
 
     `model` computes in bf16 on CUDA, in float32 elsewhere. `master` are its parameters in float32, the ones
-    that are optimized and saved (on a CPU the very same tensors): a step of 1e-6 is lost in bf16.
+    that are optimized and saved (on a CPU the very same tensors): a step of 1e-6 would be lost in bf16.
     """
 
     model: torch.nn.Module
@@ -197,13 +185,21 @@ class Policy:
     def count_tokens(self, text: str) -> int:
         return len(prompts.plain_ids(self.tokenizer, text))
 
+    def head(self, model) -> torch.Tensor:
+        """The output weights (V, D) of a model with the policy's vocabulary."""
+        return model.get_output_embeddings().weight[: self.vocab_size]
 
-def find_device(wanted: str = "") -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = wanted or next(name for name, found in there.items() if found)
-    if not there.get(name.split(":")[0], False):
-        raise UsageError(f"--device {name} is not to be had here; there is {[n for n in there if there[n]]}")
-    return torch.device(name)
+    def copy_master(self) -> None:
+        """Bring the model up to date with its master weights."""
+        for p, master in zip(self.model.parameters(), self.master, strict=True):
+            p.data.copy_(master)
+
+
+def find_device(wanted: str) -> torch.device:
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if wanted and wanted.split(":")[0] not in there:
+        raise UsageError(f"--device {wanted} is not to be had here; there is {', '.join(there)}")
+    return torch.device(wanted or there[0])
 
 
 def load_policy(source: str, device: torch.device, thinking: bool = True) -> Policy:
@@ -212,16 +208,13 @@ def load_policy(source: str, device: torch.device, thinking: bool = True) -> Pol
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"no policy could be loaded from {source!r}: {reason}") from None
+        raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
+    check_supported(model)
+    vocab_size, ids = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
     if tokenizer.chat_template is None:
         raise UsageError(f"the tokenizer of {source!r} has no chat template: OEL needs a chat model")
-    check_supported(model)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    if vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer of {source!r} has {vocab_size} ids, its model {model.config.vocab_size}"
-        )
+    if vocab_size > ids:
+        raise UsageError(f"the tokenizer of {source!r} has {vocab_size} ids, but its model only {ids}")
     model.eval().to(device)
     master = list(model.parameters())
     if device.type == "cuda":
@@ -234,29 +227,26 @@ def load_policy(source: str, device: torch.device, thinking: bool = True) -> Pol
 
 
 def check_supported(model) -> None:
-    """The sampler writes keys and values itself, so it must know how a layer attends: to everything before."""
-    config, name = model.config, type(model).__name__
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    """The sampler writes keys and values itself, so every layer must attend to all that came before."""
+    config, head = model.config, model.get_output_embeddings()
+
+    def has(*names: str) -> bool:
+        return any(getattr(config, name, None) for name in names)
+
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    slides = has("sliding_window") and getattr(config, "use_sliding_window", True)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    shifted = has("final_logit_softcapping", "logit_scale") or getattr(head, "bias", None) is not None
     problems = {
-        "it is not a decoder": config.is_encoder_decoder,
-        "it does not use the attention interface": not getattr(model, "_supports_attention_backend", False),
-        "it has layers without full attention": {
-            *(getattr(config, "layer_types", None) or ["full_attention"])
-        }
-        != {"full_attention"},
-        "it has a sliding window": getattr(config, "sliding_window", None)
-        and getattr(config, "use_sliding_window", True),
-        "it is a mixture of experts": getattr(config, "num_experts", None)
-        or getattr(config, "num_local_experts", None),
-        "it caps its logits": getattr(config, "final_logit_softcapping", None),
-        f"its rotary embedding is {rope!r}, which changes with the length": rope in ("dynamic", "longrope"),
-        "its head has a bias": getattr(model.get_output_embeddings(), "bias", None) is not None,
+        "it is no decoder": config.is_encoder_decoder or head is None,
+        "its attention cannot be exchanged": not getattr(model, "_supports_attention_backend", False),
+        "not all of its layers have full attention": layers != {"full_attention"} or slides,
+        "it is a mixture of experts": has("num_experts", "num_local_experts"),
+        f"its {rope} rotary embedding changes with the length": rope in ("dynamic", "longrope"),
+        "its logits are capped or shifted": shifted,
     }
-    for problem, found in problems.items():
-        if found:
-            raise UsageError(
-                f"{name} is not supported: {problem}. Dense decoders such as Qwen3 or Llama are."
-            )
+    if refused := [problem for problem, found in problems.items() if found]:
+        raise UsageError(f"{type(model).__name__} is not supported: {', '.join(refused)}; try Qwen3 or Llama")
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
@@ -275,16 +265,20 @@ class Response:
     finish: str  # "stop" or "length"
 
 
+def kv_shape(model, rows: int, length: int) -> torch.Size:
+    """The shape of a KV cache: (keys or values, layer, row, Hkv, token, head_dim)."""
+    c = model.config
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return torch.Size((2, c.num_hidden_layers, rows, c.num_key_value_heads, length, head_dim))
+
+
 class Rows:
     """A KV cache of R rows of equal length; rows 0 to n - 1 are live, each with its own number of tokens."""
 
     def __init__(self, model, rows: int, length: int):
-        c = model.config
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self.rows, self.length, self.n = rows, length, 0
-        shape = (2, c.num_hidden_layers, rows, c.num_key_value_heads, length, head_dim)
         # Zeros, not garbage: what lies behind the mask is multiplied by 0, and NaN * 0 is NaN.
-        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.kv = torch.zeros(kv_shape(model, rows, length), dtype=model.dtype, device=model.device)
         self.index = torch.arange(rows, device=model.device)
         # A row: its newest token (not in the cache yet), tokens in the cache, prompt length, noise key.
         self.token, self.used, self.born, self.key = (torch.zeros_like(self.index) for _ in range(4))
@@ -315,27 +309,21 @@ class Rows:
                 state[row] = state[last]
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, oel_rows=None, **kwargs):
-    """Attention over Rows, called by the model's own layers; without Rows it is the hub's sdpa.
+def attend(module, query, key, value, attention_mask, *, scaling, oel_rows, **kwargs):
+    """Attention over Rows, called by the model's own layers while it samples.
 
     query (B, Hq, t, head_dim), key and value (B, Hkv, t, head_dim), rotated -> (B, t, Hq, head_dim).
     """
-    if oel_rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     keys, values = oel_rows.store(module.layer_idx, key, value)
     if oel_rows.prefilling:  # fresh rows see themselves only; the padding on the right sees, but is not seen
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
+        out = sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     else:  # the Hq / Hkv queries that share a key head stand in for a sequence: keys are never copied
         grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=oel_rows.mask, scale=scaling)
-        out = out.reshape(query.shape)
+        out = sdpa(grouped, keys, values, attn_mask=oel_rows.mask, scale=scaling).reshape(query.shape)
     return out.transpose(1, 2), None
 
 
 AttentionInterface.register("oel", attend)
-AttentionMaskInterface.register("oel", sdpa_mask)
 
 
 @contextlib.contextmanager
@@ -361,9 +349,7 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def pick(
-    logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int, top_p: float
-) -> torch.Tensor:
+def pick(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
     """Sample a token for each row: logits (B, V), key (B,) -> ids (B,).
 
     Gumbel's trick: argmax of logits / T + noise is a sample of the softmax. The noise of a token is a hash of
@@ -385,11 +371,8 @@ def pick(
 
 
 def cache_tokens(model) -> int:
-    """How many tokens of KV cache fit in half of the memory that is free."""
-    c = model.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize  # bytes
-    free = 8 << 30
+    """How many tokens of KV cache fit in half of the memory that is free (on a CPU: in 4 GiB)."""
+    free, token = 8 << 30, kv_shape(model, 1, 1).numel() * model.dtype.itemsize  # bytes
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(model.device)[0]
@@ -397,22 +380,13 @@ def cache_tokens(model) -> int:
 
 
 def drive(
-    model,
-    generators: list[Generator[Request, Response, object]],
-    *,
-    stop_ids,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    rows: int = 64,
-    vocab_size: int | None = None,
-    desc: str | None = None,
-) -> list:
+    model, generators: list[Generator], *, stop_ids, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    seed: int = 0, rows: int = 64, vocab_size: int | None = None, desc: str | None = None,
+) -> list:  # fmt: skip
     """Run generators that yield Requests and are sent Responses; return what they return, in order.
 
     Continuous batching: while some replies go on, new prompts are prefilled into the rows of those that ended.
-    A reply's noise depends on (seed, which generator, which of its requests), on nothing else. ValueError for
+    A reply's noise depends on (seed, which generator, which of its requests), on nothing else. UsageError for
     a request that is empty or does not fit the model's context.
     """
     results, coming, rows = [None] * len(generators), iter(range(len(generators))), min(rows, len(generators))
@@ -433,14 +407,11 @@ def drive(
             return
         need = len(request.ids) + request.max_new_tokens
         if not request.ids or request.max_new_tokens < 1 or need > context:
-            raise ValueError(
-                f"a prompt of {len(request.ids)} tokens and a reply of up to {request.max_new_tokens} do not "
-                f"fit the model's context of {context}; shorten the experience or the reply limit"
-            )
+            raise UsageError(f"a prompt of {len(request.ids)} tokens and a reply of up to {request.max_new_tokens} "
+                             f"do not fit the model's context of {context}; lower the limits")  # fmt: skip
         waiting.append((i, turn, request))
 
-    def room(need: int) -> int:
-        """How many rows there may be if each is to hold `need` tokens."""
+    def room(need: int) -> int:  # rows that fit if each is to hold `need` tokens
         return max(1, min(rows, budget // need))
 
     def next_batch() -> list:
@@ -459,10 +430,8 @@ def drive(
             batch.append(waiting.pop())
 
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = model.get_decoder()(
-            input_ids=ids, position_ids=positions, attention_mask=unmasked, use_cache=False, oel_rows=cache
-        )
-        return out.last_hidden_state  # (B, t, D)
+        how = {"attention_mask": unmasked, "use_cache": False, "oel_rows": cache}  # (B, t) -> (B, t, D)
+        return model.get_decoder()(input_ids=ids, position_ids=positions, **how).last_hidden_state
 
     def choose(hidden: torch.Tensor, where: slice) -> None:
         """The next token of some rows, from the hidden state (B, D) of their last one."""
@@ -474,18 +443,16 @@ def drive(
         need = max(len(r.ids) + r.max_new_tokens for _, _, r in batch)
         if need > cache.length or cache.n + len(batch) > cache.rows:
             grow(max(need, cache.length))
-        lengths = torch.tensor([len(r.ids) for _, _, r in batch], device=model.device)
-        ids = torch.zeros(len(batch), max(len(r.ids) for _, _, r in batch), dtype=torch.long)
+        lengths = torch.tensor([len(r.ids) for _, _, r in batch])
+        ids = torch.zeros(len(batch), lengths.max(), dtype=torch.long)
         for row, (_, _, r) in enumerate(batch):
             ids[row, : len(r.ids)] = torch.tensor(r.ids)
         new = slice(cache.n, cache.n + len(batch))
-        cache.used[new] = cache.born[new] = lengths
-        cache.key[new] = torch.tensor(
-            [derive_seed(seed, i, turn) for i, turn, _ in batch], device=model.device
-        )
+        cache.used[new] = cache.born[new] = lengths.to(cache.used)
+        cache.key[new] = torch.tensor([derive_seed(seed, i, turn) for i, turn, _ in batch]).to(cache.key)
         cache.prefilling, cache.reach = True, 0
         hidden = forward(ids.to(model.device), torch.arange(ids.shape[1], device=model.device)[None])
-        choose(hidden[torch.arange(len(batch), device=model.device), lengths - 1], new)
+        choose(hidden[cache.index[: len(batch)], cache.used[new] - 1], new)
         cache.n, cache.prefilling = new.stop, False
         live.extend((i, turn, r, []) for i, turn, r in batch)
 
@@ -507,9 +474,7 @@ def drive(
             reply.append(token)
             if token in stop_ids or len(reply) == request.max_new_tokens:
                 finished.append((i, turn, Response(reply, "stop" if token in stop_ids else "length"), row))
-        for *_, row in reversed(
-            finished
-        ):  # from the back: the row that moves into a hole is always a live one
+        for *_, row in reversed(finished):  # from the back, so that the row that moves into the hole goes on
             cache.free(row)
             live[row] = live[-1]
             live.pop()
@@ -544,9 +509,8 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
         return (yield request)
 
     asked = [ask(Request(ids, limit)) for ids, limit in zip(prompts, limits, strict=True)]
-    return drive(
-        model, asked, stop_ids=stop_ids, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, **more
-    )
+    more.update(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return drive(model, asked, stop_ids=stop_ids, **more)
 
 
 def settings(policy: Policy, cfg: Config, seed: int, truncate: bool, desc: str | None = None) -> dict:
@@ -557,17 +521,27 @@ def settings(policy: Policy, cfg: Config, seed: int, truncate: bool, desc: str |
 
 
 # --- deploy: the user side, the only place that touches an environment --------------------------------------
-def episode(policy: Policy, game, seed: int, name: str, reply_limit: int, experience: str | None = None):
+def make_game(cfg: Config, variant: str = "", seed: int = 0):
+    """A game, or its variant "unseen" or "renamed"; None where the game has no such variant."""
+    from envs import GAMES  # here, because extract and consolidate need no environment
+
+    if cfg.env not in GAMES:
+        raise UsageError(f"--env {cfg.env}: there is no such game; there are {', '.join(GAMES)}")
+    maker = getattr(GAMES[cfg.env], variant, None) if variant else GAMES[cfg.env]
+    # A policy that does not think has no closing tag that strict parsing could wait for.
+    return maker and maker(*[seed] * (variant == "renamed"), strict=cfg.strict and cfg.thinking)
+
+
+def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience: str | None = None):
     """Play one episode, as a generator. Returns the trajectory: {"id", "turns", "outcome"}.
 
     A turn is {"prompt", "response", "feedback"}: the whole user message WITHOUT experience, the reply as the
     model wrote it, and all that the game said then. `outcome` is for people; nothing learns from it.
     """
-    observations, turns, done = [game.reset(seed)], [], False
-    task = getattr(game, "task", "").strip()
+    observations, turns, done = [game.reset(level)], [], False
     counts = {"reply_tokens": 0, "truncated": 0, "unclosed": 0}
     while not done:
-        prompt = prompts.play_prompt(task, observations)
+        prompt = prompts.play_prompt(getattr(game, "task", ""), observations)
         read = prompt if experience is None else prompts.with_experience(prompt, experience)
         response = yield Request(policy.encode(read), reply_limit)
         reply = policy.decode(response.ids)
@@ -576,38 +550,17 @@ def episode(policy: Policy, game, seed: int, name: str, reply_limit: int, experi
         turns.append({"prompt": prompt, "response": reply, "feedback": feedback})
         counts["reply_tokens"] += len(response.ids)
         counts["truncated"] += response.finish == "length"
-        counts["unclosed"] += policy.thinking and "</think>" not in reply and "<think>" in reply
+        counts["unclosed"] += "<think>" in reply and "</think>" not in reply
     invalid = getattr(game, "invalid_moves", 0)
     outcome = {"won": bool(game.won), "turns": len(turns), "invalid": invalid, **counts}
     return {"id": name, "turns": turns, "outcome": outcome}
 
 
-def make_game(cfg: Config, variant: str = "", *arguments):
-    """A game, or one of its variants ("unseen", "renamed"); None where the game has no such variant."""
-    from envs import GAMES  # here, because extract and consolidate need no environment
-
-    if cfg.env not in GAMES:
-        raise UsageError(f"--env {cfg.env}: there is no such game; there are {', '.join(GAMES)}")
-    maker = getattr(GAMES[cfg.env], variant, None) if variant else GAMES[cfg.env]
-    # A policy that does not think has no closing tag that strict parsing could wait for.
-    return maker and maker(*arguments, strict=cfg.strict and cfg.thinking)
-
-
-def level_seeds(split: str, n: int, start: int = 0) -> list[int]:
-    from envs import level_seeds
-
-    return level_seeds(split, n, start)
-
-
-def deploy(
-    policy: Policy, cfg: Config, seeds: list[int], seed: int, *, truncate: bool, desc="deploy"
-) -> list[dict]:
-    """Play an episode on the level of each seed, without any experience; return the trajectories."""
-    episodes = [
-        episode(policy, make_game(cfg), level, f"{i}-level{level}", cfg.reply_limit)
-        for i, level in enumerate(seeds)
-    ]
-    return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate, desc))
+def deploy(policy: Policy, cfg: Config, levels: list[int], seed: int, truncate: bool) -> list[dict]:
+    """Play an episode on the level of each seed in `levels`, without experience; return the trajectories."""
+    named = [(x, f"{i}-level{x}") for i, x in enumerate(levels)]
+    episodes = [episode(policy, make_game(cfg), *which, cfg.reply_limit) for which in named]
+    return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate, "deploy"))
 
 
 # --- extract: text in, text out ---------------------------------------------------------------------------
@@ -615,8 +568,8 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
     """Fold one experience list over trajectories (Eq. 1), as a generator. It starts empty."""
     experience = ""
     for trajectory in trajectories:
-        previous = experience if cfg.previous else ""
-        message = prompts.extraction_prompt(trajectory, previous, cfg.form, cfg.reasoning)
+        known = experience if cfg.previous else ""
+        message = prompts.extraction_prompt(trajectory, known, cfg.form, cfg.reasoning)
         response = yield Request(policy.encode(message), cfg.experience_budget)
         lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
         experience = prompts.accumulate(experience, lessons, cfg.experience_budget, policy.count_tokens)
@@ -629,18 +582,15 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) ->
     A list in which nothing was written is left out; if that is all of them, it is a UsageError.
     """
     share = -(-len(trajectories) // cfg.lists)
-    folds = [
-        lesson_list(policy, cfg, trajectories[i : i + share]) for i in range(0, len(trajectories), share)
-    ]
+    shares = [trajectories[i : i + share] for i in range(0, len(trajectories), share)]
+    folds = [lesson_list(policy, cfg, part) for part in shares]
     lists = drive(policy.model, folds, **settings(policy, cfg, seed, truncate=True, desc="extract"))
     if cfg.smoke and not any(lists):
-        tqdm.write("smoke: 32 tokens were too few for a lesson; a made-up one stands in")
+        print("smoke: no lesson in so few tokens; a made-up one stands in, to see that the rest runs")
         lists = [prompts.as_items(["Look at the board before every move."])]
     if not any(lists):
-        raise UsageError(
-            f"no lesson was found in any of {len(lists)} lists (form {cfg.form!r}): "
-            "try --form free, a larger --experience-budget or another model"
-        )
+        raise UsageError(f"no lesson in any of {len(lists)} lists (form {cfg.form!r}): try --form free, a larger "
+                         "--experience-budget or another model")  # fmt: skip
     return [experience for experience in lists if experience]
 
 
@@ -655,17 +605,13 @@ class ReverseKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, student_hidden, teacher_hidden, student_weight, teacher_weight, temperature, top_k, chunk
-    ):
-        exact = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.empty_like(student_hidden)
+    def forward(ctx, student, teacher, student_weight, teacher_weight, temperature, top_k, chunk):
+        exact = torch.float64 if student.dtype == torch.float64 else torch.float32
+        grad_hidden, total = torch.empty_like(student), torch.zeros((), dtype=exact, device=student.device)
         grad_weight = torch.zeros_like(student_weight, dtype=exact) if ctx.needs_input_grad[2] else None
-        total = torch.zeros((), dtype=exact, device=student_hidden.device)
-        for hs, ht, grad in zip(
-            *(x.split(chunk) for x in (student_hidden, teacher_hidden, grad_hidden))
-        ):  # (n, D)
-            logp = ((hs @ student_weight.T).to(exact) / temperature).log_softmax(-1)  # (n, V)
+        for start in range(0, len(student), chunk):
+            hs, ht = student[start : start + chunk], teacher[start : start + chunk]
+            logp = ((hs @ student_weight.T).to(exact) / temperature).log_softmax(-1)  # (n, D) -> (n, V)
             logq = ((ht @ teacher_weight.T).to(exact) / temperature).log_softmax(-1)
             p, d = logp.exp(), logp - logq
             if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
@@ -677,8 +623,8 @@ class ReverseKL(torch.autograd.Function):
                 d = d - base
                 total += (p * d).sum() + base.sum()
             slope = p * (d - (p * d).sum(-1, keepdim=True)) / temperature  # (n, V), by the student's logits
-            slope = slope.to(student_weight.dtype)
-            grad.copy_(slope @ student_weight)
+            slope = slope.to(hs.dtype)
+            grad_hidden[start : start + chunk] = slope @ student_weight
             if grad_weight is not None:
                 grad_weight += slope.T @ hs
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -689,36 +635,24 @@ class ReverseKL(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(grad_hidden.dtype)
-        return grad_hidden * scale.to(grad_hidden.dtype), None, grad_weight, None, None, None, None
+        return (grad_hidden * scale).to(grad_hidden.dtype), None, grad_weight, None, None, None, None
 
 
 def reverse_kl(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    temperature: float,
-    *,
-    top_k: int = 0,
-    chunk: int = 256,
-) -> torch.Tensor:
+    student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, student_weight: torch.Tensor,
+    teacher_weight: torch.Tensor, temperature: float, *, top_k: int = 0, chunk: int = 256,
+) -> torch.Tensor:  # fmt: skip
     """KL(student || teacher) summed over N positions, in nats: the inner sum of Eq. 2, exact over V.
 
     Hidden states (N, D) and head weights (V, D); both sides at one temperature, that of the student's samples.
     No gradient flows into the teacher, and logits (N, V) are never stored whole. `top_k` is the authors' sum
     over the student's top tokens. ValueError if the shapes do not fit.
     """
-    if (
-        student_hidden.shape[0] != teacher_hidden.shape[0]
-        or student_weight.shape[0] != teacher_weight.shape[0]
-    ):
-        raise ValueError(
-            f"student and teacher differ in positions or vocabulary: {tuple(student_hidden.shape)} and "
-            f"{tuple(teacher_hidden.shape)}, {tuple(student_weight.shape)} and {tuple(teacher_weight.shape)}"
-        )
-    return ReverseKL.apply(
-        student_hidden, teacher_hidden, student_weight, teacher_weight, temperature, top_k, chunk
-    )
+    if len(student_hidden) != len(teacher_hidden) or len(student_weight) != len(teacher_weight):
+        shapes = [tuple(x.shape) for x in (student_hidden, teacher_hidden, student_weight, teacher_weight)]
+        raise ValueError(f"student and teacher differ in positions or in vocabulary: {shapes}")
+    weights = student_weight, teacher_weight
+    return ReverseKL.apply(student_hidden, teacher_hidden, *weights, temperature, top_k, chunk)
 
 
 @dataclass
@@ -743,10 +677,8 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
         ids[row, : len(tokens)] = torch.tensor(tokens)
         counts[row, len(prompt) - 1 : len(tokens) - 1] = True  # position t predicts token t + 1
     predicted = ids.roll(-1, 1)[counts]
-    hidden = model.get_decoder()(
-        input_ids=ids.to(model.device), use_cache=False
-    ).last_hidden_state  # (B, T, D)
-    return hidden[counts.to(model.device)], predicted
+    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    return hidden[counts.to(model.device)], predicted  # (B, T, D) -> (N, D)
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
@@ -772,14 +704,8 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
             teacher_hidden, seen = response_hidden(teacher, [s.teacher_ids for s in batch], responses)
         student_hidden, predicted = response_hidden(student, [s.prompt_ids for s in batch], responses)
         assert torch.equal(seen, predicted), "student and teacher must score the same response ids"
-        kl = reverse_kl(
-            student_hidden,
-            teacher_hidden,
-            student.get_output_embeddings().weight[: policy.vocab_size],
-            teacher.get_output_embeddings().weight[: policy.vocab_size],
-            cfg.temperature,
-            top_k=cfg.kl_top_k,
-        )
+        heads = policy.head(student), policy.head(teacher)
+        kl = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, top_k=cfg.kl_top_k)
         (kl / n_tokens).backward()
         loss += kl.item() / n_tokens
         for p, master in zip(student.parameters(), policy.master, strict=True):
@@ -790,14 +716,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
 
 
 def consolidate(
-    policy: Policy,
-    cfg: Config,
-    logs: list[dict],
-    experiences: list[str] | None,
-    seed: int,
-    state: Path | None = None,
-    on_step: Callable[[int, dict], None] = lambda step, record: None,
-) -> None:
+    policy: Policy, cfg: Config, logs: list[dict], experiences: list[str] | None, seed: int,
+    state: Path | None = None, on_step: Callable[[int, dict], None] = lambda step, record: None,
+) -> None:  # fmt: skip
     """On-policy context distillation (Eq. 2) of the experience lists into the policy's weights, in place.
 
     Every step takes the next `cfg.batch_episodes` logged trajectories, answers each of their prompts once with
@@ -819,27 +740,18 @@ def consolidate(
         told = [prompts.with_experience(x, draw.choice(experiences)) if experiences else x for x in logged]
         # 2. y ~ pi_theta(.|x): the student answers without the experience
         prompt_ids = [policy.encode(x) for x in logged]
-        how = settings(
-            policy, cfg, derive_seed(seed, step, 1), truncate=False, desc=f"step {step}/{cfg.steps}"
-        )
+        how = settings(policy, cfg, derive_seed(seed, step, 1), False, f"step {step}/{cfg.steps}")
         responses = sample(policy.model, prompt_ids, max_new_tokens=cfg.reply_limit, **how)
-        samples = [
-            Sample(x, policy.encode(e_x), y.ids)
-            for x, e_x, y in zip(prompt_ids, told, responses, strict=True)
-        ]
+        triples = zip(prompt_ids, told, responses, strict=True)
+        samples = [Sample(x, policy.encode(e_x), y.ids) for x, e_x, y in triples]
         # 3. the gradient of the mean reverse KL, clipped, and one update
         loss = distill(policy, teacher, samples, cfg)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.master, cfg.clip).item()
         if not math.isfinite(loss + grad_norm):
-            raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; weights were not changed"
-            )
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient {grad_norm}; no weight was changed")
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for p, master in zip(policy.model.parameters(), policy.master, strict=True):
-                if p is not master:
-                    p.copy_(master)
+        policy.copy_master()
         # 4. the record
         n_tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
         on_step(step, {"loss": loss, "grad_norm": grad_norm, "tokens": n_tokens, "replies": len(samples),
@@ -858,79 +770,61 @@ def wilson(won: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
-def pass_rate(trajectories: list[dict]) -> float:
-    return sum(t["outcome"]["won"] for t in trajectories) / len(trajectories)
+def play_held_out(policy: Policy, cfg: Config, n: int, seed: int, variant="", experiences=None) -> list[dict]:
+    """Play n held-out levels, used for nothing else; level i reads list i mod L of the experiences, if any.
 
+    Renamed games read their own rules instead. No trajectories where the game has no such variant.
+    """
+    from envs import level_seeds
 
-def play_held_out(
-    policy: Policy, cfg: Config, games: list, experiences: list[str | None], seed: int, desc: str
-):
-    """Play games on held-out levels, the i-th on level i; an experience stands in the prompt unless None."""
-    episodes = [
-        episode(policy, game, level, f"level{level}", cfg.reply_limit, experience)
-        for game, level, experience in zip(
-            games, level_seeds("held_out", len(games)), experiences, strict=True
-        )
-    ]
+    games = [game for i in range(n) if (game := make_game(cfg, variant, i))]
+    episodes = []
+    for i, (game, level) in enumerate(zip(games, level_seeds("held_out", len(games)), strict=True)):
+        told = prompts.as_items(game.rules()) if variant == "renamed" else None
+        told = experiences[i % len(experiences)] if experiences else told
+        episodes.append(episode(policy, game, level, f"{variant}level{level}", cfg.reply_limit, told))
+    desc = variant or ("in context" if experiences else "evaluate")
     return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate=True, desc=desc))
 
 
-def evaluate_in_context(policy: Policy, cfg: Config, experiences: list[str], seed: int) -> float:
-    """Pass rate with the lessons in the prompt instead of the weights: level i reads list i mod L."""
-    games = [make_game(cfg) for _ in range(cfg.probe_games)]
-    told = [experiences[i % len(experiences)] for i in range(len(games))]
-    return pass_rate(play_held_out(policy, cfg, games, told, seed, "in context"))
+def pass_rate(trajectories: list[dict]) -> float | None:
+    return sum(t["outcome"]["won"] for t in trajectories) / len(trajectories) if trajectories else None
 
 
 def evaluate(policy: Policy, cfg: Config, seed: int) -> tuple[dict, list[dict]]:
-    """Play held-out levels, used for nothing else: the metrics, and the trajectories of the pass rate.
+    """The metrics of a policy on held-out levels, and the trajectories behind its pass rate.
 
-    pass_rate (with its Wilson interval), reply_tokens and the rates per reply come from plain episodes;
-    unseen_pass_rate from a variant never trained on (4x4 boards); forgetting_pass_rate from games with other
-    letters whose rules stand in the prompt, which a policy that has not forgotten how to read still wins.
+    pass_rate (with its Wilson interval), reply_tokens and the rates, all three per reply, are of plain
+    episodes; unseen_pass_rate of a variant never trained on (4x4 boards); forgetting_pass_rate of games with
+    other letters whose rules stand in the prompt, which a policy that can still read goes on winning.
     """
-    n = cfg.probe_games
-    played = play_held_out(policy, cfg, [make_game(cfg) for _ in range(cfg.eval_games)], [None] * cfg.eval_games,
-                           seed, "evaluate")  # fmt: skip
+    played = play_held_out(policy, cfg, cfg.eval_games, seed)
     total = {key: sum(t["outcome"][key] for t in played) for key in played[0]["outcome"]}
     low, high = wilson(total["won"], len(played))
-    metrics = {"pass_rate": pass_rate(played), "pass_rate_low": low, "pass_rate_high": high,
-               "reply_tokens": total["reply_tokens"] / total["turns"], "unseen_pass_rate": None,
-               "forgetting_pass_rate": None, "invalid_rate": total["invalid"] / total["turns"],
-               "truncated_rate": total["truncated"] / total["turns"],
-               "unclosed_rate": total["unclosed"] / total["turns"]}  # fmt: skip
-    if make_game(cfg, "unseen"):
-        games = [make_game(cfg, "unseen") for _ in range(n)]
-        metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, games, [None] * n, seed, "unseen"))
-    if make_game(cfg, "renamed", 0):
-        games = [make_game(cfg, "renamed", i) for i in range(n)]
-        rules = [prompts.as_items(game.rules()) for game in games]
-        metrics["forgetting_pass_rate"] = pass_rate(
-            play_held_out(policy, cfg, games, rules, seed, "forgetting")
-        )
-    return metrics, played
+    metrics = {"pass_rate": pass_rate(played), "pass_rate_low": low, "pass_rate_high": high}
+    metrics["reply_tokens"] = total["reply_tokens"] / total["turns"]
+    metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, cfg.probe_games, seed, "unseen"))
+    metrics["forgetting_pass_rate"] = pass_rate(play_held_out(policy, cfg, cfg.probe_games, seed, "renamed"))
+    rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
+    return {**metrics, **rates}, played
 
 
 # --- the run folder ---------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Write to a temporary neighbour (a file or a folder) that takes the name only when it is complete."""
+    """Write to a temporary neighbour, a file or a folder, that takes the name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     discard(temporary)
     try:
         yield temporary
-        discard(path)
         os.replace(temporary, path)
     finally:
         discard(temporary)
 
 
 def discard(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -939,22 +833,22 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSONL file, none if it does not exist; UsageError names the line that is no object."""
+    """The objects of a JSONL file, none if there is no file; UsageError names the line that is no object."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise UsageError(
-                f"{path}, line {number}: not a JSON object ({error}); mend or delete it"
+                f"{path}, line {number}: this is not JSON ({error}); mend or delete it"
             ) from None
     return rows
 
 
-def recorded(path: Path, compute: Callable[[], list[dict]]) -> list[dict]:
-    """What a stage produced: read back if its record exists, else computed and recorded."""
+def recorded(path: Path, stage: Callable[..., list[dict]], *arguments, **more) -> list[dict]:
+    """What a stage returns: read back if its record exists, else computed and recorded."""
     if not path.exists():
-        write_jsonl(path, compute())
+        write_jsonl(path, stage(*arguments, **more))
     return read_jsonl(path)
 
 
@@ -978,153 +872,129 @@ def load_state(path: Path | None, policy: Policy, optimizer) -> int:
         return 0
     saved = torch.load(path, map_location=policy.model.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
-    with torch.no_grad():
-        for p, master, weight in zip(policy.model.parameters(), policy.master, saved["master"], strict=True):
-            master.copy_(weight)
-            p.copy_(weight)
+    for master, weight in zip(policy.master, saved["master"], strict=True):
+        master.data.copy_(weight)
+    policy.copy_master()
     return saved["step"]
 
 
-def open_run(cfg: Config) -> Path:
-    """The run folder, new or to be resumed; UsageError if it was made with other settings."""
-    out = Path(cfg.out)
-    wanted = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "rounds", "device")}
+def check_folder(out: Path, cfg: Config) -> None:
+    """UsageError if the run folder holds a run with other settings."""
     if (out / "config.json").exists():
-        there = json.loads((out / "config.json").read_text())
-        changed = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in wanted.items() if there.get(k) != v]
+        there, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg)
+        kept = sorted(set(now) - {"out", "rounds", "device"})  # a run may move, and go on for more rounds
+        changed = [f"{k} was {there.get(k)!r}, is {now[k]!r}" for k in kept if there.get(k) != now[k]]
         if changed:
-            raise UsageError(
-                f"{out} was run with other settings ({'; '.join(changed)}); choose another --out"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is no run folder; choose another --out")
-    with atomic(out / "config.json") as part:
-        part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-    return out
+            raise UsageError(f"{out} has other settings ({'; '.join(changed)}): choose another --out")
 
 
 # --- main -------------------------------------------------------------------------------------------------
 def run(cfg: Config) -> list[dict]:
-    """The algorithm of the docstring, with a record of everything; returns the rows of metrics.jsonl.
+    """The algorithm at the top of this file, with a record of everything; returns the rows of metrics.jsonl.
 
-    Every stage is recorded when it is complete, and one whose record exists is read back instead of run, so the
-    same command continues a run that was stopped.
+    A stage is recorded when it is complete, and read back instead of run if its record exists: so the same
+    command continues a run that was stopped. What differs between rounds is the policy, the levels it plays
+    and the noise of its samples; evaluation has the same levels and noise in every round.
     """
-    make_game(cfg)  # complain now rather than after loading
-    given = Path(cfg.experience).read_text(encoding="utf-8") if cfg.experience else ""
-    if cfg.experience and not given.strip():
-        raise UsageError(f"--experience {cfg.experience}: the file is empty")
-    policy = load_policy(cfg.model, find_device(cfg.device), cfg.thinking)
-    out = open_run(cfg)
+    out = Path(cfg.out)
+    check_folder(out, cfg)
+    make_game(cfg)
+    given = Path(cfg.experience).read_text(encoding="utf-8").strip() if cfg.experience else ""
+    if cfg.experience and not given:
+        raise UsageError(f"--experience {cfg.experience}: the file is empty; it should hold lessons")
+    done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
+    source = str(out / f"round{done}/model") if done else cfg.model
+    policy = load_policy(source, find_device(cfg.device), cfg.thinking)
+    with atomic(out / "config.json") as part:
+        part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
     metrics, steps = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "steps.jsonl")
 
-    def seed(round: int, phase: int) -> int:
-        return derive_seed(cfg.seed, round, phase)
-
-    def measure(round: int, step: int, began: float, in_context: float | None = None) -> None:
-        """Evaluate and record a row of metrics.jsonl, once. The levels' noise is the same in every round."""
-        if any((row["round"], row["step"]) == (round, step) for row in metrics):
+    def measure(r: int, step: int, began: float, in_context: float | None = None) -> None:
+        """Evaluate and add a row to metrics.jsonl, unless it is there."""
+        if any((row["round"], row["step"]) == (r, step) for row in metrics):
             return
-        found, played = evaluate(policy, cfg, seed(0, 0))
-        row = {"round": round, "step": step, **found, "in_context_pass_rate": in_context}
+        found, played = evaluate(policy, cfg, derive_seed(cfg.seed, 0))
+        write_jsonl(out / f"round{r}/held_out.jsonl", played)
+        row = {"round": r, "step": step, **found, "in_context_pass_rate": in_context}
         metrics.append({**row, "seconds": time.perf_counter() - began})
-        write_jsonl(out / f"round{round}" / "held_out.jsonl", played)
         write_jsonl(out / "metrics.jsonl", metrics)
-        tqdm.write(f"round {round} step {step}: " + summary(row))
+        tqdm.write(table([row]))
 
-    measure(0, 0, time.perf_counter())
-    for r in range(1, cfg.rounds + 1):
-        folder, began = out / f"round{r}", time.perf_counter()
-        if (folder / "model").exists() and (out / f"round{r + 1}").exists():
-            continue  # a later round goes on from its own records
-        if r > 1 or (folder / "model").exists():
-            ready = folder if (folder / "model").exists() else out / f"round{r - 1}"
-            policy = load_policy(str(ready / "model"), policy.model.device, cfg.thinking)
-
-        # 1. and 2. play, read, write lessons: every list on the same levels with its own noise
-        if given:
-            experiences = [given]
-        else:
-            levels = level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
-            trajectories = recorded(
-                folder / "trajectories.jsonl",
-                lambda: deploy(policy, cfg, levels, seed(r, 1), truncate=True, desc="deploy to extract"),
-            )
-            if not (folder / "experience").exists():
-                with atomic(folder / "experience") as part:
-                    part.mkdir()
-                    for i, experience in enumerate(extract(policy, cfg, trajectories, seed(r, 2))):
-                        (part / f"{i:02}.txt").write_text(experience + "\n", encoding="utf-8")
-            experiences = [
-                file.read_text(encoding="utf-8") for file in sorted((folder / "experience").iterdir())
-            ]
-        in_context = recorded(
-            folder / "in_context.jsonl",
-            lambda: [{"in_context_pass_rate": evaluate_in_context(policy, cfg, experiences, seed(0, 0))}],
-        )[0]["in_context_pass_rate"]
-
-        # 1. again, on other levels, and 3. what was written down goes into the weights
-        n = cfg.steps * cfg.batch_episodes
-        logs = recorded(
-            folder / "logs.jsonl",
-            lambda: deploy(policy, cfg, level_seeds("deployment", n, r * n), seed(r, 3), truncate=False),
-        )
-
-        def on_step(step: int, record: dict) -> None:
-            steps[:] = [s for s in steps if (s["round"], s["step"]) < (r, step)] + [
-                {"round": r, "step": step, **record}
-            ]
-            write_jsonl(out / "steps.jsonl", steps)
-            tqdm.write(
-                f"round {r} step {step}: loss {record['loss']:.4f}  gradient {record['grad_norm']:.3f}  "
-                f"{record['tokens']} tokens  {record['tokens_per_second']:,.0f} tokens/s"
-            )
-            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
-                measure(r, step, began)
-
-        if not (folder / "model").exists():
-            consolidate(policy, cfg, logs, experiences, seed(r, 4), folder / "state" / "step.pt", on_step)
-            save_model(folder / "model", policy)
-            discard(folder / "state")
-        measure(r, cfg.steps, began, in_context)
+    if done == 0:
+        measure(0, 0, time.perf_counter())
+    for r in range(max(done, 1), cfg.rounds + 1):
+        play_round(policy, cfg, r, out / f"round{r}", given, steps, measure)
     print(table([row for row in metrics if row["step"] in (0, cfg.steps)]))
     return metrics
 
 
-COLUMNS = {"pass_rate": "pass rate", "reply_tokens": "reply tokens", "in_context_pass_rate": "in context",
-           "unseen_pass_rate": "unseen", "forgetting_pass_rate": "forgetting"}  # fmt: skip
+def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, steps: list, measure) -> None:
+    """Round r: play, write lessons, play again, learn, and be measured. Changes the policy, and adds to steps."""
+    from envs import level_seeds
 
+    began, seeds = time.perf_counter(), [derive_seed(cfg.seed, r, phase) for phase in range(4)]
+    # 1. and 2. every list reads episodes on the same levels, each played with its own noise
+    if not given and not (folder / "experience").exists():
+        levels = level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
+        trajectories = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, seeds[0], True)
+        lists = extract(policy, cfg, trajectories, seeds[1])
+        with atomic(folder / "experience") as part:
+            part.mkdir()
+            for i, experience in enumerate(lists):
+                (part / f"{i:02}.txt").write_text(experience + "\n", encoding="utf-8")
+    files = [] if given else sorted((folder / "experience").iterdir())
+    experiences = [given] if given else [file.read_text(encoding="utf-8").strip() for file in files]
+    in_context = pass_rate(recorded(folder / "in_context.jsonl", play_held_out, policy, cfg, cfg.probe_games,
+                                    derive_seed(cfg.seed, 0), experiences=experiences))  # fmt: skip
+    # 1. again, on other levels: the prompts to learn on, each used once
+    n = cfg.steps * cfg.batch_episodes
+    levels = level_seeds("deployment", n, r * n)
+    logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, levels, seeds[2], False)
 
-def shown(row: dict, key: str) -> str:
-    if row[key] is None:
-        return "-"
-    interval = f" [{row['pass_rate_low']:.0%}, {row['pass_rate_high']:.0%}]" if key == "pass_rate" else ""
-    return f"{row[key]:.0f}" if key == "reply_tokens" else f"{row[key]:.1%}{interval}"
+    def on_step(step: int, record: dict) -> None:
+        steps[:] = [s for s in steps if (s["round"], s["step"]) < (r, step)]
+        steps.append({"round": r, "step": step, **record})
+        write_jsonl(folder.parent / "steps.jsonl", steps)
+        tqdm.write(f"round {r} step {step}: loss {record['loss']:.4f}, gradient {record['grad_norm']:.3f}, "
+                   f"{record['tokens']} tokens, {record['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+            measure(r, step, began)
 
-
-def summary(row: dict) -> str:
-    return ", ".join(f"{name} {shown(row, key)}" for key, name in COLUMNS.items() if row[key] is not None)
+    # 3. and what was written down goes into the weights
+    if not (folder / "model").exists():
+        consolidate(policy, cfg, logs, experiences, seeds[3], folder / "state/step.pt", on_step)
+        save_model(folder / "model", policy)
+    discard(folder / "state")
+    measure(r, cfg.steps, began, in_context)
 
 
 def table(rows: list[dict]) -> str:
-    """The metrics as a table, a round a line."""
-    cells = [["round", *COLUMNS.values()]] + [
-        [str(row["round"]), *(shown(row, k) for k in COLUMNS)] for row in rows
-    ]
+    """Rows of metrics.jsonl as text, a line each."""
+    names = ["round", "step", "pass_rate", "pass_rate_low", "pass_rate_high", "reply_tokens"]
+    names += ["in_context_pass_rate", "unseen_pass_rate", "forgetting_pass_rate"]
+    cells = [[name.replace("_pass_rate", "").replace("_", " ") for name in names]]
+    for row in rows:
+        values = [row[name] for name in names]
+        cells.append(["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line. What the user can mend is one line on stderr and exit code 2."""
     cfg = parse_args(argv)
-    print("\n".join(f"{k:20} {v}" for k, v in dataclasses.asdict(cfg).items()))
+    print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
     try:
-        with tempfile.TemporaryDirectory() if cfg.smoke else contextlib.nullcontext() as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             run(dataclasses.replace(cfg, out=scratch) if cfg.smoke else cfg)
         if cfg.smoke:
             print("ok")
-    except UsageError as error:
-        sys.exit(f"oel.py: {error}")
+    except (UsageError, FloatingPointError, UnicodeDecodeError, OSError) as error:
+        print(f"oel.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("oel.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ A tokenizer appears only at the end, where a message becomes token ids.
 import re
 
 MARKER = "- EXPERIENCE ITEM:"
-# People and models decorate a list: "* **EXPERIENCE ITEM:** text" and "2. EXPERIENCE ITEM: text" are items.
-ITEM = re.compile(r"^[ \t\-*•\d.)]*EXPERIENCE ITEM[ \t*]*:[ \t*]*(.*\S)[ \t]*$", re.MULTILINE)
+# Models decorate their lists: "* **EXPERIENCE ITEM 2:** text" and "2. Experience item: text" are items too.
+ITEM = re.compile(r"[\W\d_]*EXPERIENCE ITEM[\W\d_]*?:(.*)", re.IGNORECASE)
 
 
 # --- playing ----------------------------------------------------------------------------------------------
@@ -93,13 +93,15 @@ def parse_lessons(reply: str, form: str = "items") -> str:
     """
     if form == "free":
         return "\n".join(line.strip() for line in answer(reply).splitlines() if line.strip())
-    return as_items([item for item in ITEM.findall(answer(reply)) if item != "<lesson>"])
+    found = [ITEM.match(line) for line in answer(reply).splitlines()]
+    items = [item[1].strip(" \t*_`") for item in found if item]
+    return as_items([item for item in items if item not in ("", "<lesson>")])
 
 
 def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:
     """E_i = truncate(E_{i-1} + lessons): the oldest lines go until the rest is within `budget` tokens.
 
-    A line is an item, so an item goes whole or stays whole. `count_tokens` maps a string to its tokens.
+    A line is an item, so an item goes whole or stays whole. `count_tokens` says how many tokens a string has.
     """
     lines = [line for line in f"{experience}\n{lessons}".splitlines() if line.strip()]
     while lines and count_tokens("\n".join(lines)) > budget:
