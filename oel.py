@@ -40,7 +40,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import random
 import shutil
 import sys
@@ -55,6 +54,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import prompts
 
@@ -236,14 +236,14 @@ def check_supported(model) -> None:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     slides = has("sliding_window") and getattr(config, "use_sliding_window", True)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    shifted = has("final_logit_softcapping", "logit_scale") or getattr(head, "bias", None) is not None
     problems = {
         "it is no decoder": config.is_encoder_decoder or head is None,
         "its attention cannot be exchanged": not getattr(model, "_supports_attention_backend", False),
         "not all of its layers have full attention": layers != {"full_attention"} or slides,
         "it is a mixture of experts": has("num_experts", "num_local_experts"),
         f"its {rope} rotary embedding changes with the length": rope in ("dynamic", "longrope"),
-        "its logits are capped or shifted": shifted,
+        "its logits are capped or scaled": has("final_logit_softcapping", "logit_scale"),
+        "its head has a bias": getattr(head, "bias", None) is not None,
     }
     if refused := [problem for problem, found in problems.items() if found]:
         raise UsageError(f"{type(model).__name__} is not supported: {', '.join(refused)}; try Qwen3 or Llama")
@@ -297,8 +297,7 @@ class Rows:
         """Prepare a decoding step in which no row has more than `reach` tokens: one mask for all layers."""
         self.reach = min(-(-reach // 32) * 32, self.length)  # rounded up: fewer shapes, aligned reads
         behind = torch.arange(self.reach, device=self.kv.device) > self.used[: self.n, None]
-        mask = torch.zeros(self.n, 1, 1, self.reach, dtype=self.kv.dtype, device=self.kv.device)
-        self.mask = mask.masked_fill_(behind[:, None, None], -math.inf)
+        self.mask = torch.where(behind, -math.inf, 0.0)[:, None, None].to(self.kv.dtype)  # (n, 1, 1, reach)
 
     def free(self, row: int) -> None:
         """Give a row back: the last live row takes its place, so that live rows stay together in front."""
@@ -566,13 +565,13 @@ def deploy(policy: Policy, cfg: Config, levels: list[int], seed: int, truncate: 
 # --- extract: text in, text out ---------------------------------------------------------------------------
 def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
     """Fold one experience list over trajectories (Eq. 1), as a generator. It starts empty."""
-    experience = ""
+    experience, budget = "", cfg.experience_budget
     for trajectory in trajectories:
         known = experience if cfg.previous else ""
         message = prompts.extraction_prompt(trajectory, known, cfg.form, cfg.reasoning)
-        response = yield Request(policy.encode(message), cfg.experience_budget)
+        response = yield Request(policy.encode(message), budget)
         lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
-        experience = prompts.accumulate(experience, lessons, cfg.experience_budget, policy.count_tokens)
+        experience = prompts.accumulate(experience, lessons, budget, policy.count_tokens)  # Eq. 1
     return experience
 
 
@@ -601,7 +600,7 @@ class ReverseKL(torch.autograd.Function):
     With d = log p - log q, the gradient by the student's logits is p_j (d_j - sum_i p_i d_i) / T. Where the
     student is all but certain, d_j and the sum cancel to the last digit; d is therefore measured from its
     value at the likeliest token, which changes neither difference nor KL. Logits and gradients exist for one
-    chunk of positions at a time, so the forward pass computes both and the backward pass only hands them out.
+    chunk of positions at a time: the forward pass computes both, the backward pass only hands them out.
     """
 
     @staticmethod
@@ -706,7 +705,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         assert torch.equal(seen, predicted), "student and teacher must score the same response ids"
         heads = policy.head(student), policy.head(teacher)
         kl = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, top_k=cfg.kl_top_k)
-        (kl / n_tokens).backward()
+        (kl / n_tokens).backward()  # Eq. 2
         loss += kl.item() / n_tokens
         for p, master in zip(student.parameters(), policy.master, strict=True):
             if p is not master and p.grad is not None:  # bf16 gradients add up in float32
@@ -783,8 +782,7 @@ def play_held_out(policy: Policy, cfg: Config, n: int, seed: int, variant="", ex
         told = prompts.as_items(game.rules()) if variant == "renamed" else None
         told = experiences[i % len(experiences)] if experiences else told
         episodes.append(episode(policy, game, level, f"{variant}level{level}", cfg.reply_limit, told))
-    desc = variant or ("in context" if experiences else "evaluate")
-    return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate=True, desc=desc))
+    return drive(policy.model, episodes, **settings(policy, cfg, seed, True, f"evaluate {variant}"))
 
 
 def pass_rate(trajectories: list[dict]) -> float | None:
@@ -798,13 +796,13 @@ def evaluate(policy: Policy, cfg: Config, seed: int) -> tuple[dict, list[dict]]:
     episodes; unseen_pass_rate of a variant never trained on (4x4 boards); forgetting_pass_rate of games with
     other letters whose rules stand in the prompt, which a policy that can still read goes on winning.
     """
-    played = play_held_out(policy, cfg, cfg.eval_games, seed)
+    n, played = cfg.probe_games, play_held_out(policy, cfg, cfg.eval_games, seed)
     total = {key: sum(t["outcome"][key] for t in played) for key in played[0]["outcome"]}
     low, high = wilson(total["won"], len(played))
     metrics = {"pass_rate": pass_rate(played), "pass_rate_low": low, "pass_rate_high": high}
     metrics["reply_tokens"] = total["reply_tokens"] / total["turns"]
-    metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, cfg.probe_games, seed, "unseen"))
-    metrics["forgetting_pass_rate"] = pass_rate(play_held_out(policy, cfg, cfg.probe_games, seed, "renamed"))
+    metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "unseen"))
+    metrics["forgetting_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "renamed"))
     rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
     return {**metrics, **rates}, played
 
@@ -818,7 +816,7 @@ def atomic(path: Path):
     discard(temporary)
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         discard(temporary)
 
@@ -893,8 +891,7 @@ def run(cfg: Config) -> list[dict]:
     """The algorithm at the top of this file, with a record of everything; returns the rows of metrics.jsonl.
 
     A stage is recorded when it is complete, and read back instead of run if its record exists: so the same
-    command continues a run that was stopped. What differs between rounds is the policy, the levels it plays
-    and the noise of its samples; evaluation has the same levels and noise in every round.
+    command continues a run that was stopped. Evaluation has the same levels and noise in every round.
     """
     out = Path(cfg.out)
     check_folder(out, cfg)
@@ -929,21 +926,20 @@ def run(cfg: Config) -> list[dict]:
 
 
 def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, steps: list, measure) -> None:
-    """Round r: play, write lessons, play again, learn, and be measured. Changes the policy, and adds to steps."""
+    """Round r: play, write lessons, play again, learn, be measured. Changes the policy, and adds to steps."""
     from envs import level_seeds
 
     began, seeds = time.perf_counter(), [derive_seed(cfg.seed, r, phase) for phase in range(4)]
     # 1. and 2. every list reads episodes on the same levels, each played with its own noise
-    if not given and not (folder / "experience").exists():
-        levels = level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
+    if not (folder / "experience").exists():
+        levels = [] if given else level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
         trajectories = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, seeds[0], True)
-        lists = extract(policy, cfg, trajectories, seeds[1])
+        lists = [given] if given else extract(policy, cfg, trajectories, seeds[1])
         with atomic(folder / "experience") as part:
             part.mkdir()
             for i, experience in enumerate(lists):
                 (part / f"{i:02}.txt").write_text(experience + "\n", encoding="utf-8")
-    files = [] if given else sorted((folder / "experience").iterdir())
-    experiences = [given] if given else [file.read_text(encoding="utf-8").strip() for file in files]
+    experiences = [file.read_text(encoding="utf-8") for file in sorted((folder / "experience").iterdir())]
     in_context = pass_rate(recorded(folder / "in_context.jsonl", play_held_out, policy, cfg, cfg.probe_games,
                                     derive_seed(cfg.seed, 0), experiences=experiences))  # fmt: skip
     # 1. again, on other levels: the prompts to learn on, each used once
@@ -984,6 +980,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line. What the user can mend is one line on stderr and exit code 2."""
     cfg = parse_args(argv)
     print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
+    disable_progress_bar()  # the hub's, for every file it opens; ours stay
     try:
         with tempfile.TemporaryDirectory() as scratch:
             run(dataclasses.replace(cfg, out=scratch) if cfg.smoke else cfg)
