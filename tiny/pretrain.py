@@ -1,0 +1,419 @@
+"""Make the embedded default policy from nothing: `python tiny/pretrain.py`.
+
+OEL turns what a policy can do (play from what it reads, guess where nothing tells it, write down what it
+saw) into knowledge. This script gives a 3M-parameter transformer exactly those abilities, and none of the
+knowledge: teach.py makes the examples, in worlds whose letters mean something else every time. It is never
+taught what any letter means in the deployed games, and never shown Sokoban.
+
+The loss is on all tokens, the prompt's at weight 0.2: boards and lessons that repeat within a prompt teach
+the copying and looking up that the reasoning then needs. About an hour on two CPU cores; a GPU is used if
+there is one. The same command resumes a run that was stopped.
+
+`--report` measures what came out. The files next to this script are the policy in Hugging Face format:
+AutoModelForCausalLM.from_pretrained("tiny").
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import copy
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: kinder to whatever else is running
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from teach import ACT, EDGE, WALK, Example, best_moves, examples, lesson_role
+
+import oel
+from envs import FrozenLake, level_seeds, parse_action
+from prompts import MARKER, as_items, chat_ids, extraction_prompt, parse_lessons, play_prompt, with_experience
+
+SEED = 0
+STEPS = 3600
+WARMUP = 200
+LEARNING_RATE = 2e-3
+PROMPT_WEIGHT = 0.2  # weight of a prompt token in the loss; a reply token has weight 1
+BATCH_TOKENS = 6400
+LENGTHS = (112, 160, 256, 512)  # an example is padded to one of these: torch.compile sees four shapes
+CHUNK = 4096  # examples generated at a time
+VOCABULARY = 1000
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------
+# Text is split before byte pairs merge, so that each cell of a board and each single capital letter is a
+# token of its own wherever it stands, and so is each coordinate and each action that ends a line. The rest
+# runs on to the end of the line, so that whole sentences of the prompts can become one token.
+ALONE = [
+    r"\+(?:-----\+)+\n?",  # a board's rule
+    r" (?=  \|)",  # an empty cell; one is `|     |`, a letter's is `|  H  |`
+    r" {0,2}\|(?:  (?=.  \|)| (?=P/)|\n)?",  # what stands between two cells
+    r"\([0-9],[0-9]\)",
+    r"\[[a-z]+\](?=\n|\z)",
+    r"- EXPERIENCE ITEM: ?",
+    r"(?<![A-Za-z])[A-Z](?![A-Za-z])",
+    r"\n+",
+]
+SPLIT = "|".join([*ALONE, f"(?:(?!{'|'.join(ALONE)}).)+\n?"])
+TEMPLATE = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + "
+    "'<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on the examples' own text, with Qwen3's markers."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), byte_level]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    stream = examples(random.Random(SEED))
+    texts = [t for _ in range(10_000) for e in [next(stream)] for t in (e.message, e.reply)]
+    texts = [part for text in texts for part in re.split("</?think>", text)]
+    texts += ["user\n", "assistant\n", "system\n"] * len(texts)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 5,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in ("<think>", "</think>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+def encode(tokenizer, batch: list[Example]) -> list[tuple[list[int], list[int]]]:
+    """The (prompt_ids, reply_ids) of each example: chat_ids in bulk; the end of the reply is trained on."""
+    frames = {}
+    for thinking in (True, False):
+        chat = [{"role": "user", "content": "MESSAGE"}]
+        frames[thinking] = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+    prompts = [frames[e.thinking].replace("MESSAGE", e.message) for e in batch]
+    replies = [e.reply + tokenizer.eos_token for e in batch]
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    reply_ids = tokenizer(replies, add_special_tokens=False)["input_ids"]
+    assert prompt_ids[0] == chat_ids(tokenizer, batch[0].message, batch[0].thinking)
+    return list(zip(prompt_ids, reply_ids, strict=True))
+
+
+def batches(tokenizer, chunk: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The shuffled batches of one chunk of examples: token ids (B, T) and loss weights (B, T).
+
+    A chunk depends on its number alone, so a resumed run sees the same examples. An example goes to the
+    shortest length that holds it; what does not fill a batch, and the few longer than all, are left out.
+    """
+    rng = random.Random(f"{SEED}, chunk {chunk}")
+    stream = examples(rng)
+    waiting, made = {length: [] for length in LENGTHS}, []
+    for prompt, reply in encode(tokenizer, [next(stream) for _ in range(CHUNK)]):
+        length = next((n for n in LENGTHS if len(prompt) + len(reply) <= n), None)
+        if length is None:
+            continue
+        waiting[length].append((prompt, reply))
+        if len(waiting[length]) == BATCH_TOKENS // length:
+            ids = torch.full((BATCH_TOKENS // length, length), tokenizer.pad_token_id)
+            weights = torch.zeros(ids.shape)
+            for row, (p, r) in enumerate(waiting[length]):
+                ids[row, : len(p) + len(r)] = torch.tensor(p + r)
+                weights[row, : len(p)] = PROMPT_WEIGHT
+                weights[row, len(p) : len(p) + len(r)] = 1.0
+            made.append((ids, weights))
+            waiting[length] = []
+    rng.shuffle(made)
+    return made
+
+
+def prefetched(tokenizer, chunk: int, index: int):
+    """(chunk, index, ids, weights) from a place onwards without end; chunks are made in other processes."""
+    workers = max(1, (os.cpu_count() or 2) // 2)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        ahead = collections.deque(pool.submit(batches, tokenizer, chunk + i) for i in range(workers + 1))
+        try:
+            while True:
+                made = ahead.popleft().result()
+                ahead.append(pool.submit(batches, tokenizer, chunk + workers + 1))
+                for i in range(index, len(made)):
+                    yield chunk, i, *made[i]
+                chunk, index = chunk + 1, 0
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --- training ---------------------------------------------------------------------------------------------
+def new_model(tokenizer) -> Qwen3ForCausalLM:
+    torch.manual_seed(SEED)
+    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # At these lengths plain attention, fused by the compiler, beats the flash kernel's backward pass on CPUs.
+    model = Qwen3ForCausalLM._from_config(config, attn_implementation="eager")
+    model.generation_config.eos_token_id = stops
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def loss_of(model, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean cross-entropy. Padding stands right of the text, where causal attention never looks."""
+    T = ids.shape[1]
+    mask = torch.full((T, T), -1e9, dtype=torch.bfloat16, device=ids.device).triu(1)[None, None]
+    hidden = model.model(ids, attention_mask={"full_attention": mask}, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1]).float()  # (B, T-1, V)
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")  # (B * (T-1),)
+    w = weights[:, 1:].flatten()
+    return (losses * w).sum() / w.sum()
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to one percent."""
+    if step < WARMUP:
+        return LEARNING_RATE * (step + 1) / WARMUP
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))
+    return LEARNING_RATE * (0.01 + 0.99 * cosine)
+
+
+def save(state: dict, path: Path) -> None:
+    """All or nothing: a killed run never leaves half a file."""
+    torch.save(state, temporary := path.with_suffix(".tmp"))
+    os.replace(temporary, path)
+
+
+def export(model, tokenizer, folder: Path, scratch: Path) -> None:
+    """The policy in Hugging Face format, in bf16, each file replaced whole."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    settings = json.loads((scratch / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = (
+        "PreTrainedTokenizerFast"  # the name that every version of the library knows
+    )
+    settings = {key: value for key, value in settings.items() if "local" not in key}
+    (scratch / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(scratch.iterdir()):
+        file.chmod(0o644)
+        shutil.move(file, temporary := folder / (file.name + ".tmp"))
+        os.replace(temporary, folder / file.name)
+    scratch.rmdir()
+
+
+def new_optimizer(model) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    scales = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+
+
+def compiled_or_not(function):
+    """torch.compile(function), or where that fails (no C compiler, say) the function itself, with a message."""
+    compiled, works = torch.compile(function, dynamic=False), True
+
+    def call(*args):
+        nonlocal works
+        try:
+            return (compiled if works else function)(*args)
+        except Exception as error:
+            if not works:
+                raise
+            works = False
+            print(f"torch.compile failed ({type(error).__name__}): going on without, more slowly", flush=True)
+            return function(*args)
+
+    return call
+
+
+def train(steps: int, run: Path, out: Path) -> None:
+    logging.disable_progress_bar()
+    run.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer_path, state_path = run / "tokenizer", run / "state.pt"
+    if not tokenizer_path.exists():
+        build_tokenizer().save_pretrained(run / "tokenizer.tmp")
+        os.replace(run / "tokenizer.tmp", tokenizer_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    model = new_model(tokenizer).to(device)
+    optimizer = new_optimizer(model)
+    at = {"step": 0, "chunk": 0, "index": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        at = state["at"]
+        print(f"continuing after step {at['step']}", flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {len(tokenizer)} tokens, {device}, {steps} steps", flush=True)
+
+    def keep():
+        save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "at": at}, state_path)
+        export(model, tokenizer, out, run / "export")
+
+    loss_function, recent, mark = compiled_or_not(loss_of), [], (time.time(), at["tokens"])
+    todo = range(at["step"], steps)
+    for step, (chunk, index, ids, weights) in zip(todo, prefetched(tokenizer, at["chunk"], at["index"])):
+        began = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = loss_function(model, ids.to(device), weights.to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append(loss.item())
+        at["step"], at["chunk"], at["index"] = step + 1, chunk, index + 1
+        at["examples"] += len(ids)
+        at["tokens"] += int((weights > 0).sum())  # padding does not count
+        at["seconds"] += time.time() - began
+        if (step + 1) % 50 == 0:
+            speed = (at["tokens"] - mark[1]) / (time.time() - mark[0])
+            left = (steps - step - 1) * at["tokens"] / (step + 1) / speed
+            print(
+                f"step {step + 1:>5}/{steps}  loss {sum(recent) / len(recent):.4f}  "
+                f"examples {at['examples']:,}  {speed:,.0f} tokens/s  {left / 60:.0f} min left",
+                flush=True,
+            )
+            recent, mark = [], (time.time(), at["tokens"])
+        if (step + 1) % 250 == 0:
+            keep()
+    keep()
+    print(f"done: {json.dumps(at)}", flush=True)
+
+
+# --- the report -------------------------------------------------------------------------------------------
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+
+
+def ask(policy, messages: list[str], thinking: bool = True, seed: int = SEED) -> tuple[list[str], list[int]]:
+    """The replies to messages, and their lengths in tokens, from the very sampler that OEL uses."""
+    prompts = [chat_ids(policy.tokenizer, message, thinking) for message in messages]
+    stops = policy.stop_ids
+    replies = oel.sample(policy.model, prompts, max_new_tokens=256, stop_ids=stops, seed=seed, **SAMPLING)
+    return [policy.decode(reply.ids) for reply in replies], [len(reply.ids) for reply in replies]
+
+
+def play(policy, games: list, lessons: list[list[str]] | None = None, thinking: bool = True) -> dict:
+    """Play held-out maps in lockstep, one per game. Returns pass rate, mean reply length, trajectories."""
+    seeds = level_seeds("held_out", len(games))
+    observations = [[game.reset(seed)] for game, seed in zip(games, seeds, strict=True)]
+    turns, lengths = [[] for _ in games], []
+    while running := [i for i, game in enumerate(games) if not game.done]:
+        prompts = [play_prompt(games[i].task, observations[i]) for i in running]
+        messages = prompts
+        if lessons:
+            messages = [with_experience(p, as_items(lessons[i])) for i, p in zip(running, prompts)]
+        replies, counts = ask(policy, messages, thinking, seed=len(observations[running[0]]))
+        lengths += counts
+        for i, prompt, reply in zip(running, prompts, replies, strict=True):
+            feedback, _ = games[i].step(reply)
+            observations[i].append(feedback)
+            turns[i].append({"prompt": prompt, "response": reply, "feedback": feedback})
+    pass_rate = sum(game.won for game in games) / len(games)
+    return {"pass": pass_rate, "tokens": sum(lengths) / len(lengths), "turns": turns}
+
+
+def optimal_first_moves(policy, games: list) -> float:
+    """With true lessons about letters of other worlds: how often the first move starts a shortest path."""
+    observations = [game.reset(seed) for game, seed in zip(games, level_seeds("held_out", len(games)))]
+    messages = [
+        with_experience(play_prompt(game.task, [text]), as_items(game.rules()))
+        for game, text in zip(games, observations, strict=True)
+    ]
+    right = 0
+    for game, reply in zip(games, ask(policy, messages)[0], strict=True):
+        right += parse_action(reply) in best_moves(
+            game.board(), game.player, {game.hole: "hole", game.goal: "goal"}
+        )
+    return right / len(games)
+
+
+def true_lessons(policy, games: list) -> tuple[int, int, int]:
+    """Its lessons on episodes that it played without experience: how many are true, lessons, episodes."""
+    played = play(policy, games)["turns"]
+    messages = [extraction_prompt({"turns": turns}, "", "items", reasoning=False) for turns in played]
+    true = total = 0
+    for game, reply in zip(games, ask(policy, messages)[0], strict=True):
+        roles = {game.hole: "hole", game.goal: "goal"}
+        for line in parse_lessons(reply).splitlines():
+            lesson = line.removeprefix(MARKER).strip()
+            claim = lesson_role(lesson)
+            total += 1
+            true += roles.get(claim[0]) == claim[1] if claim else lesson in [*EDGE, *WALK, *ACT]
+    return true, total, len(games)
+
+
+def report(folder: Path) -> None:
+    """The five figures, and a few more. FrozenLake, 128 held-out maps each, sampled as SAMPLING says."""
+    policy, n = oel.load_policy(str(folder), oel.find_device()), 128
+    rules, false = FrozenLake().rules(), FrozenLake(hole="G", goal="H").rules()
+    print(f"FrozenLake, {n} held-out maps a figure, {SAMPLING}")
+    for name, make, thinking in [
+        ("3x3, thinking", FrozenLake, True),
+        ("4x4, thinking", FrozenLake.unseen, True),
+        ("3x3, no thinking", FrozenLake, False),
+        ("4x4, no thinking", FrozenLake.unseen, False),
+    ]:
+        for what, lessons in [("no experience", None), ("true lessons", rules), ("false lessons", false)]:
+            games = [make() for _ in range(n)]
+            result = play(policy, games, [lessons] * n if lessons else None, thinking)
+            print(f"{name}, {what}: {result['pass']:.1%} passed, {result['tokens']:.1f} tokens a reply")
+    renamed = [FrozenLake.renamed(seed) for seed in range(n)]
+    print(f"optimal first moves, other letters, true lessons: {optimal_first_moves(policy, renamed):.1%}")
+    true, total, episodes = true_lessons(policy, renamed)
+    print(f"own lessons that are true: {true} of {total} ({true / max(1, total):.1%}), {episodes} episodes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the embedded default policy, or report on it.")
+    parser.add_argument("--report", action="store_true", help="measure the policy in --out instead")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps in all")
+    parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / "tiny-pretrain")
+    parser.add_argument("--out", type=Path, default=HERE, help="where the Hugging Face files go")
+    args = parser.parse_args()
+    if args.report:
+        report(args.out)
+    else:
+        train(args.steps, args.run, args.out)
+
+
+if __name__ == "__main__":
+    main()
