@@ -11,25 +11,23 @@ A language model is deployed, plays, and forgets. Here it learns from what it sa
 
 Extraction (section 2 of the paper) folds a list over trajectories tau_i, starting from nothing:
 
-    E_i = truncate(E_{i-1} + extract(tau_i, E_{i-1}))                                                   (Eq. 1)
+    E_i = truncate(E_{i-1} + extract(tau_i, E_{i-1}))      (Eq. 1; without --previous, extract(tau_i) alone)
 
 Consolidation is on-policy context distillation. The student pi_theta answers a logged prompt x WITHOUT the
 experience e; the teacher, the same model frozen at the start of the round, scores the same answer y WITH it:
 
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
-The gradient is taken for fixed y: how theta changes which prefixes are visited is ignored, which is what makes
-the step plain supervised learning on the student's own replies. No environment is stepped for it.
+Both sides have the temperature at which y is sampled. The gradient is taken for fixed y: that theta changes which
+prefixes are visited is ignored, so the step is plain supervised learning on the student's own replies.
 
 Where this script departs from the authors' code, on purpose:
-
- 1. The KL is exact and over the whole vocabulary; theirs sums over the student's top 256 tokens (--kl-top-k).
+ 1. The KL is over the whole vocabulary; theirs sums over the student's top 256 tokens (--kl-top-k 256).
  2. The loss is the mean over all response tokens of a step, however it is cut into micro-batches.
  3. Over-long prompts are refused; theirs are cut on the right, which can cut the question off.
  4. A round without lessons is an error; theirs trains towards a teacher that knows nothing.
  5. Student and teacher see one prompt that differs in the experience block alone, and score identical ids.
 
-In this file: settings, the policy, the sampler, then deploy, extract, consolidate, evaluate, and main.
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens, R rows of the KV cache.
 """
 
@@ -150,14 +148,14 @@ def parse_args(argv: list[str] | None = None) -> Config:
         if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
             wanted = "0 or more" if may_be_zero else "more than 0"
             parser.error(f"--{f.name.replace('_', '-')} is {value}: it must be {wanted}")
-    if cfg.form not in prompts.FORMS:
-        parser.error(f"--form is {cfg.form!r}: it must be one of {', '.join(prompts.FORMS)}")
+    if cfg.form not in prompts.FORMS or cfg.top_p > 1:
+        parser.error(f"--form {cfg.form} must be {' or '.join(prompts.FORMS)}, --top-p {cfg.top_p} at most 1")
     return cfg
 
 
 def derive_seed(*parts: int) -> int:
-    """One 32-bit seed from several numbers (run seed, round, phase, ...), without accidental collisions."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    """One 32-bit seed from several numbers (run seed, round, phase, ...)."""
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
 
 
 # --- the policy -------------------------------------------------------------------------------------------
@@ -239,10 +237,11 @@ def check_supported(model) -> None:
     problems = {
         "it is no decoder": config.is_encoder_decoder or head is None,
         "its attention cannot be exchanged": not getattr(model, "_supports_attention_backend", False),
+        "its config names no key heads": not has("num_key_value_heads"),
         "not all of its layers have full attention": layers != {"full_attention"} or slides,
-        "it is a mixture of experts": has("num_experts", "num_local_experts"),
+        "it is a mixture of experts": has("num_experts", "num_local_experts", "n_routed_experts"),
         f"its {rope} rotary embedding changes with the length": rope in ("dynamic", "longrope"),
-        "its logits are capped or scaled": has("final_logit_softcapping", "logit_scale"),
+        "its logits are capped or scaled": has("final_logit_softcapping", "logit_scale", "logits_scaling"),
         "its head has a bias": getattr(head, "bias", None) is not None,
     }
     if refused := [problem for problem, found in problems.items() if found]:
@@ -277,11 +276,11 @@ class Rows:
 
     def __init__(self, model, rows: int, length: int):
         self.rows, self.length, self.n = rows, length, 0
-        # Zeros, not garbage: what lies behind the mask is multiplied by 0, and NaN * 0 is NaN.
+        # zeros, not garbage: what lies behind the mask is multiplied by 0, and NaN * 0 is NaN
         self.kv = torch.zeros(kv_shape(model, rows, length), dtype=model.dtype, device=model.device)
         self.index = torch.arange(rows, device=model.device)
         # A row: its newest token (not in the cache yet), tokens in the cache, prompt length, noise key.
-        self.token, self.used, self.born, self.key = (torch.zeros_like(self.index) for _ in range(4))
+        self.token, self.used, self.born, self.noise = (torch.zeros_like(self.index) for _ in range(4))
         self.prefilling = False
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,7 +293,7 @@ class Rows:
         return tuple(self.kv[:, layer, : self.n, :, : self.reach])
 
     def start_step(self, reach: int) -> None:
-        """Prepare a decoding step in which no row has more than `reach` tokens: one mask for all layers."""
+        """Prepare a decoding step after which no row has more than `reach` tokens: one mask for all layers."""
         self.reach = min(-(-reach // 32) * 32, self.length)  # rounded up: fewer shapes, aligned reads
         behind = torch.arange(self.reach, device=self.kv.device) > self.used[: self.n, None]
         self.mask = torch.where(behind, -math.inf, 0.0)[:, None, None].to(self.kv.dtype)  # (n, 1, 1, reach)
@@ -304,7 +303,7 @@ class Rows:
         self.n = last = self.n - 1
         if row != last:
             self.kv[:, :, row] = self.kv[:, :, last]
-            for state in (self.token, self.used, self.born, self.key):
+            for state in (self.token, self.used, self.born, self.noise):
                 state[row] = state[last]
 
 
@@ -363,19 +362,25 @@ def pick(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int
         logits, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, K), in falling order
         p = logits.softmax(-1)
         logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the first always stays
-    # 23 bits and a half: never 0 and never 1 in float32
-    uniform = ((mix(ids * 0x9E3779B1 + key[:, None]) >> 9) + 0.5) * 2.0**-23
-    choice = (logits - torch.log(-torch.log(uniform))).argmax(-1, keepdim=True)
+    # -log(1 - u) is exponential; u comes from 32 bits and is never 0, nor 1 once it is rounded to float32
+    u = ((mix(ids * 0x9E3779B1 + key[:, None]) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    choice = (logits - torch.log(-torch.log1p(-u))).argmax(-1, keepdim=True)
     return ids.gather(1, choice)[:, 0]
 
 
 def cache_tokens(model) -> int:
-    """How many tokens of KV cache fit in half of the memory that is free (on a CPU: in 4 GiB)."""
-    free, token = 8 << 30, kv_shape(model, 1, 1).numel() * model.dtype.itemsize  # bytes
+    """How many tokens of KV cache fit in a third of the free memory: while one grows, the old one stays."""
+    free, token = 12 << 30, kv_shape(model, 1, 1).numel() * model.dtype.itemsize  # bytes
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(model.device)[0]
-    return free // 2 // token
+    return free // 3 // token
+
+
+def check_fits(model, prompt: int, reply: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    if prompt < 1 or reply < 1 or prompt + reply > context:
+        raise UsageError(f"a prompt of {prompt} and a reply of {reply} tokens: the context holds {context}")
 
 
 def drive(
@@ -388,30 +393,30 @@ def drive(
     A reply's noise depends on (seed, which generator, which of its requests), on nothing else. UsageError for
     a request that is empty or does not fit the model's context.
     """
-    results, coming, rows = [None] * len(generators), iter(range(len(generators))), min(rows, len(generators))
+    n, results, coming = len(generators), [None] * len(generators), iter(range(len(generators)))
     waiting, live = [], []  # (generator, turn, request) next in line; the same and the reply so far, per row
-    budget, context = cache_tokens(model), getattr(model.config, "max_position_embeddings", math.inf)
-    cache, head = Rows(model, 1, 0), model.get_output_embeddings().weight[:vocab_size]
-    unmasked = torch.zeros(1, 1, 1, 1, device=model.device)  # any 4D mask keeps the hub from building its own
-    bar = tqdm(total=len(generators), desc=desc, leave=False, disable=desc is None, mininterval=0.5)
+    budget, cache, head = (
+        cache_tokens(model),
+        Rows(model, 1, 0),
+        model.get_output_embeddings().weight[:vocab_size],
+    )
+    unmasked = torch.zeros(1, 1, 1, 1, device=model.device)  # a 4D mask keeps transformers from making one
+    bar = tqdm(total=n, desc=desc, leave=False, disable=desc is None, mininterval=0.5)
     sampled, began = 0, time.perf_counter()
 
     def advance(i: int, turn: int, response: Response | None) -> None:
         """Hand a generator its response, and put its next request first in line."""
         try:
-            request = generators[i].send(response)
+            request = generators[i].send(response)  # None starts it
         except StopIteration as stop:
             results[i] = stop.value
             bar.update()
             return
-        need = len(request.ids) + request.max_new_tokens
-        if not request.ids or request.max_new_tokens < 1 or need > context:
-            raise UsageError(f"a prompt of {len(request.ids)} tokens and a reply of up to {request.max_new_tokens} "
-                             f"do not fit the model's context of {context}; lower the limits")  # fmt: skip
+        check_fits(model, len(request.ids), request.max_new_tokens)
         waiting.append((i, turn, request))
 
     def room(need: int) -> int:  # rows that fit if each is to hold `need` tokens
-        return max(1, min(rows, budget // need))
+        return max(1, min(rows, n, budget // need))
 
     def next_batch() -> list:
         """The requests that go into free rows now: as many as fit the cache, 16k padded tokens at most."""
@@ -424,7 +429,7 @@ def drive(
             ids = waiting[-1][2].ids
             need = max(need, -(-(len(ids) + waiting[-1][2].max_new_tokens) // 256) * 256)
             widest = max(widest, len(ids))
-            if cache.n + len(batch) >= room(need) or batch and widest * (len(batch) + 1) > 16384:
+            if cache.n + len(batch) >= room(need) or (batch and widest * (len(batch) + 1) > 16384):
                 return batch
             batch.append(waiting.pop())
 
@@ -434,36 +439,31 @@ def drive(
 
     def choose(hidden: torch.Tensor, where: slice) -> None:
         """The next token of some rows, from the hidden state (B, D) of their last one."""
-        key = mix(cache.key[where] + (cache.used[where] - cache.born[where]) * 0x632BE5AB)
+        key = mix(cache.noise[where] + (cache.used[where] - cache.born[where]) * 0x632BE5AB)
         cache.token[where] = pick(hidden @ head.T, key, temperature, top_k, top_p)
 
     def prefill(batch: list) -> None:
         """Read whole prompts into new rows, padded on the right, and sample their first tokens."""
-        need = max(len(r.ids) + r.max_new_tokens for _, _, r in batch)
-        if need > cache.length or cache.n + len(batch) > cache.rows:
-            grow(max(need, cache.length))
+        nonlocal cache
+        need = max(cache.length, *(len(r.ids) + r.max_new_tokens for _, _, r in batch))
+        if need > cache.length or cache.n + len(batch) > cache.rows:  # a larger one takes over the live rows
+            old, live_rows, need = cache, slice(0, cache.n), -(-need // 256) * 256
+            cache = Rows(model, room(need), need)
+            cache.n, cache.kv[:, :, live_rows, :, : old.length] = old.n, old.kv[:, :, live_rows]
+            for name in ("token", "used", "born", "noise"):
+                getattr(cache, name)[live_rows] = getattr(old, name)[live_rows]
         lengths = torch.tensor([len(r.ids) for _, _, r in batch])
         ids = torch.zeros(len(batch), lengths.max(), dtype=torch.long)
         for row, (_, _, r) in enumerate(batch):
             ids[row, : len(r.ids)] = torch.tensor(r.ids)
         new = slice(cache.n, cache.n + len(batch))
         cache.used[new] = cache.born[new] = lengths.to(cache.used)
-        cache.key[new] = torch.tensor([derive_seed(seed, i, turn) for i, turn, _ in batch]).to(cache.key)
+        cache.noise[new] = torch.tensor([derive_seed(seed, i, turn) for i, turn, _ in batch]).to(cache.noise)
         cache.prefilling, cache.reach = True, 0
         hidden = forward(ids.to(model.device), torch.arange(ids.shape[1], device=model.device)[None])
         choose(hidden[cache.index[: len(batch)], cache.used[new] - 1], new)
         cache.n, cache.prefilling = new.stop, False
         live.extend((i, turn, r, []) for i, turn, r in batch)
-
-    def grow(need: int) -> None:
-        """A larger cache: rows of at least `need` tokens, as many as are allowed."""
-        nonlocal cache
-        old, length = cache, -(-need // 256) * 256
-        cache = Rows(model, room(length), length)
-        n = cache.n = old.n
-        cache.kv[:, :, :n, :, : old.length] = old.kv[:, :, :n]
-        for name in ("token", "used", "born", "key"):
-            getattr(cache, name)[:n] = getattr(old, name)[:n]
 
     def retire() -> None:
         """Read every row's newest token; where it ends the reply, free the row and advance its generator."""
@@ -490,7 +490,7 @@ def drive(
             bar.set_postfix_str(f"{sampled / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
             retire()
             if cache.n:  # one decoding step: every row's newest token goes in, and the next one comes out
-                cache.start_step(1 + max(len(r.ids) + len(reply) for _, _, r, reply in live))
+                cache.start_step(max(len(r.ids) + len(reply) for _, _, r, reply in live))
                 everyone = slice(0, cache.n)
                 hidden = forward(cache.token[everyone, None], cache.used[everyone, None])
                 cache.used[everyone] += 1
@@ -519,7 +519,7 @@ def settings(policy: Policy, cfg: Config, seed: int, truncate: bool, desc: str |
                 rows=cfg.rows, desc=desc, **nucleus)  # fmt: skip
 
 
-# --- deploy: the user side, the only place that touches an environment --------------------------------------
+# --- deploy: the user side; with evaluate, all that plays ---------------------------------------------------
 def make_game(cfg: Config, variant: str = "", seed: int = 0):
     """A game, or its variant "unseen" or "renamed"; None where the game has no such variant."""
     from envs import GAMES  # here, because extract and consolidate need no environment
@@ -527,8 +527,10 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
     if cfg.env not in GAMES:
         raise UsageError(f"--env {cfg.env}: there is no such game; there are {', '.join(GAMES)}")
     maker = getattr(GAMES[cfg.env], variant, None) if variant else GAMES[cfg.env]
-    # A policy that does not think has no closing tag that strict parsing could wait for.
-    return maker and maker(*[seed] * (variant == "renamed"), strict=cfg.strict and cfg.thinking)
+    options = {"seed": seed} if variant == "renamed" else {}
+    if cfg.strict and cfg.thinking:  # one that does not think never writes the tag that strict parsing awaits
+        options["strict"] = True
+    return maker and maker(**options)
 
 
 def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience: str | None = None):
@@ -557,8 +559,8 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
 
 def deploy(policy: Policy, cfg: Config, levels: list[int], seed: int, truncate: bool) -> list[dict]:
     """Play an episode on the level of each seed in `levels`, without experience; return the trajectories."""
-    named = [(x, f"{i}-level{x}") for i, x in enumerate(levels)]
-    episodes = [episode(policy, make_game(cfg), *which, cfg.reply_limit) for which in named]
+    ids = [(level, f"{i}-level{level}") for i, level in enumerate(levels)]
+    episodes = [episode(policy, make_game(cfg), *level_id, cfg.reply_limit) for level_id in ids]
     return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate, "deploy"))
 
 
@@ -600,7 +602,7 @@ class ReverseKL(torch.autograd.Function):
     With d = log p - log q, the gradient by the student's logits is p_j (d_j - sum_i p_i d_i) / T. Where the
     student is all but certain, d_j and the sum cancel to the last digit; d is therefore measured from its
     value at the likeliest token, which changes neither difference nor KL. Logits and gradients exist for one
-    chunk of positions at a time: the forward pass computes both, the backward pass only hands them out.
+    chunk of positions at a time: the forward pass computes both, the backward pass hands them out.
     """
 
     @staticmethod
@@ -666,8 +668,8 @@ class Sample:
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]]):
     """Hidden states (N, D) from which each response token is predicted, and those tokens (N,).
 
-    Sequences are padded on the right, where causal attention never looks; which positions count is known from
-    the lengths alone, never from a padding or stop id. So a sampled stop token is learned like any other.
+    Padding is on the right, where causal attention never looks. Which positions count is known from lengths
+    alone, never from a padding or stop id, so a sampled stop token is learned like any other.
     """
     full = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
     ids = torch.zeros(len(full), max(map(len, full)), dtype=torch.long)  # (B, T)
@@ -692,7 +694,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
 
 
 def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> float:
-    """The manual step: the gradient of Eq. 2 over samples, left in the `.grad` of `policy.master`; the loss.
+    """The gradient step by hand: that of Eq. 2 over samples, left in the `.grad` of `policy.master`; the loss.
 
     The loss is the mean over all response tokens of the samples, however they are cut into micro-batches.
     """
@@ -725,24 +727,31 @@ def consolidate(
     no more than the student. `state` is a file to resume from. FloatingPointError if the loss is not finite.
     """
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(policy.master, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), weight_decay=cfg.weight_decay)
+    if len(logs) < cfg.steps * cfg.batch_episodes:
+        raise UsageError(f"{len(logs)} logged episodes: too few for {cfg.steps} x {cfg.batch_episodes}")
     first = 1 + load_state(state, policy, optimizer)
-    policy.model.train()
+    policy.model.train()  # checkpointing asks for it; these models have no dropout
+    named = (
+        "activation" if hasattr(policy.model, "activation_checkpointing_enable") else "gradient"
+    )  # it was renamed
     if cfg.checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(policy.model, f"{named}_checkpointing_enable")({"use_reentrant": False})
     for step in range(first, cfg.steps + 1):
         began = time.perf_counter()
         # 1. logged prompts, each with one list drawn at random for the teacher
         batch = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
         logged = [turn["prompt"] for trajectory in batch for turn in trajectory["turns"]]
         draw = random.Random(derive_seed(seed, step))
-        told = [prompts.with_experience(x, draw.choice(experiences)) if experiences else x for x in logged]
+        control = experiences is None
+        told = [x if control else prompts.with_experience(x, draw.choice(experiences)) for x in logged]
         # 2. y ~ pi_theta(.|x): the student answers without the experience
         prompt_ids = [policy.encode(x) for x in logged]
         how = settings(policy, cfg, derive_seed(seed, step, 1), False, f"step {step}/{cfg.steps}")
         responses = sample(policy.model, prompt_ids, max_new_tokens=cfg.reply_limit, **how)
         triples = zip(prompt_ids, told, responses, strict=True)
         samples = [Sample(x, policy.encode(e_x), y.ids) for x, e_x, y in triples]
+        check_fits(teacher, max(len(s.teacher_ids) for s in samples), cfg.reply_limit)
         # 3. the gradient of the mean reverse KL, clipped, and one update
         loss = distill(policy, teacher, samples, cfg)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.master, cfg.clip).item()
@@ -757,7 +766,8 @@ def consolidate(
                        "seconds": seconds, "tokens_per_second": n_tokens / seconds})  # fmt: skip
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             save_state(state, step, policy, optimizer)
-    policy.model.gradient_checkpointing_disable()
+    if cfg.checkpointing:
+        getattr(policy.model, f"{named}_checkpointing_disable")()
     policy.model.eval()
 
 
@@ -782,7 +792,7 @@ def play_held_out(policy: Policy, cfg: Config, n: int, seed: int, variant="", ex
         told = prompts.as_items(game.rules()) if variant == "renamed" else None
         told = experiences[i % len(experiences)] if experiences else told
         episodes.append(episode(policy, game, level, f"{variant}level{level}", cfg.reply_limit, told))
-    return drive(policy.model, episodes, **settings(policy, cfg, seed, True, f"evaluate {variant}"))
+    return drive(policy.model, episodes, **settings(policy, cfg, seed, True, variant or "held out"))
 
 
 def pass_rate(trajectories: list[dict]) -> float | None:
@@ -835,16 +845,14 @@ def read_jsonl(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else [], 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{path}, line {number}: this is not JSON ({error}); mend or delete it"
-            ) from None
+            rows += [{**json.loads(line)}] if line.strip() else []  # ** refuses what is no object
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{path}, line {number}: not a JSON object ({error}); mend it") from None
     return rows
 
 
 def recorded(path: Path, stage: Callable[..., list[dict]], *arguments, **more) -> list[dict]:
-    """What a stage returns: read back if its record exists, else computed and recorded."""
+    """What a stage returns, always as read back from its record, which is computed if it is not there."""
     if not path.exists():
         write_jsonl(path, stage(*arguments, **more))
     return read_jsonl(path)
@@ -868,22 +876,12 @@ def load_state(path: Path | None, policy: Policy, optimizer) -> int:
     """Put a consolidation back to where its state was saved; return the number of steps it had made."""
     if path is None or not path.exists():
         return 0
-    saved = torch.load(path, map_location=policy.model.device, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     for master, weight in zip(policy.master, saved["master"], strict=True):
         master.data.copy_(weight)
     policy.copy_master()
     return saved["step"]
-
-
-def check_folder(out: Path, cfg: Config) -> None:
-    """UsageError if the run folder holds a run with other settings."""
-    if (out / "config.json").exists():
-        there, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg)
-        kept = sorted(set(now) - {"out", "rounds", "device"})  # a run may move, and go on for more rounds
-        changed = [f"{k} was {there.get(k)!r}, is {now[k]!r}" for k in kept if there.get(k) != now[k]]
-        if changed:
-            raise UsageError(f"{out} has other settings ({'; '.join(changed)}): choose another --out")
 
 
 # --- main -------------------------------------------------------------------------------------------------
@@ -894,8 +892,13 @@ def run(cfg: Config) -> list[dict]:
     command continues a run that was stopped. Evaluation has the same levels and noise in every round.
     """
     out = Path(cfg.out)
-    check_folder(out, cfg)
-    make_game(cfg)
+    if (out / "config.json").exists():
+        there, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg)
+        kept = sorted(set(now) - {"out", "rounds", "device"})  # a run may move, and go on for more rounds
+        changed = [f"{k} was {there.get(k)!r}, is {now[k]!r}" for k in kept if there.get(k) != now[k]]
+        if changed:
+            raise UsageError(f"{out} has other settings ({'; '.join(changed)}): choose another --out")
+    make_game(cfg)  # an unknown game is refused before a model is loaded
     given = Path(cfg.experience).read_text(encoding="utf-8").strip() if cfg.experience else ""
     if cfg.experience and not given:
         raise UsageError(f"--experience {cfg.experience}: the file is empty; it should hold lessons")
@@ -929,12 +932,12 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
     """Round r: play, write lessons, play again, learn, be measured. Changes the policy, and adds to steps."""
     from envs import level_seeds
 
-    began, seeds = time.perf_counter(), [derive_seed(cfg.seed, r, phase) for phase in range(4)]
+    began, (play, read, log, learn) = time.perf_counter(), [derive_seed(cfg.seed, r, i) for i in range(4)]
     # 1. and 2. every list reads episodes on the same levels, each played with its own noise
     if not (folder / "experience").exists():
         levels = [] if given else level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
-        trajectories = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, seeds[0], True)
-        lists = [given] if given else extract(policy, cfg, trajectories, seeds[1])
+        trajectories = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, play, True)
+        lists = [given] if given else extract(policy, cfg, trajectories, read)
         with atomic(folder / "experience") as part:
             part.mkdir()
             for i, experience in enumerate(lists):
@@ -945,7 +948,7 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
     # 1. again, on other levels: the prompts to learn on, each used once
     n = cfg.steps * cfg.batch_episodes
     levels = level_seeds("deployment", n, r * n)
-    logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, levels, seeds[2], False)
+    logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, levels, log, False)
 
     def on_step(step: int, record: dict) -> None:
         steps[:] = [s for s in steps if (s["round"], s["step"]) < (r, step)]
@@ -958,7 +961,7 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
 
     # 3. and what was written down goes into the weights
     if not (folder / "model").exists():
-        consolidate(policy, cfg, logs, experiences, seeds[3], folder / "state/step.pt", on_step)
+        consolidate(policy, cfg, logs, experiences, learn, folder / "state/step.pt", on_step)
         save_model(folder / "model", policy)
     discard(folder / "state")
     measure(r, cfg.steps, began, in_context)

@@ -92,10 +92,11 @@ def parse_lessons(reply: str, form: str = "items") -> str:
     answer. The form's own placeholder is not a lesson.
     """
     if form == "free":
-        return "\n".join(line.strip() for line in answer(reply).splitlines() if line.strip())
+        lines = [line.strip() for line in answer(reply).splitlines()]
+        return "\n".join(line for line in lines if line not in ("", "<think>"))
     found = [ITEM.match(line) for line in answer(reply).splitlines()]
     items = [item[1].strip(" \t*_`") for item in found if item]
-    return as_items([item for item in items if item not in ("", "<lesson>")])
+    return as_items([item for item in items if item and "<lesson>" not in item])
 
 
 def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:

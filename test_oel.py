@@ -1,11 +1,19 @@
 """Tests: `pytest -q test_oel.py`. CPU alone, no network. Each name or docstring says which bug it pins."""
 
+import copy
+import dataclasses
 import itertools
+import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -15,9 +23,13 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 import envs
+import oel
 import prompts
 from envs import FrozenLake, Sokoban
 
@@ -172,7 +184,7 @@ LEVELS = [
     (FrozenLake, 0, ["P  ", "  H", "H G"]),
     (FrozenLake, 1, ["PH ", "   ", " HG"]),
     (FrozenLake.unseen, 0, ["P   ", "  H ", "  H ", "H  G"]),
-    (Sokoban, 1, ["######", "#___P#", "#___X#", "#___O#", "#____#", "######"]),
+    (Sokoban, 1, ["######", "#____#", "#_PXO#", "#____#", "#____#", "######"]),
     (Sokoban, 5, ["######", "#_P__#", "#__XO#", "#___##", "#__###", "######"]),
 ]
 
@@ -528,7 +540,7 @@ def test_any_class_with_reset_step_and_won_is_a_game():
     assert found["outcome"] == "won" and found["turns"][1]["prompt"].endswith("hidden.\n\nLower.")
     assert play(HotCold(), 4, lambda turn, said: "1")["outcome"] == "lost"
     for game, outcome in ((FrozenLake(), "lost"), (Sokoban(), "won")):
-        assert play(game, 0, lambda turn, said: "[up]")["outcome"] == outcome
+        assert play(game, 0, lambda turn, said: "[down]")["outcome"] == outcome
 
 
 # --- prompts: playing and the experience --------------------------------------------------------------------
@@ -777,3 +789,1202 @@ def test_a_template_that_does_not_show_the_message_once_is_refused(template):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="exactly once"):
         prompts.chat_ids(tokenizer, "Hello.")
+
+
+# --- oel: helpers -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A saved random policy shaped like Qwen3, thinking switch and all."""
+    return str(save_policy(tmp_path_factory.mktemp("policy") / "qwen3-like"))
+
+
+@pytest.fixture
+def policy(folder):
+    """That policy, loaded anew: a test may change its weights."""
+    return oel.load_policy(folder, torch.device("cpu"))
+
+
+def small(**options) -> oel.Config:
+    """Settings under which everything is over in a second."""
+    few = {"lists": 2, "episodes": 1, "steps": 2, "batch_episodes": 1, "eval_games": 2, "probe_games": 2}
+    few |= {
+        "reply_limit": 8,
+        "experience_budget": 24,
+        "save_every": 1,
+        "lr": 1e-2,
+        "rounds": 1,
+        "checkpointing": False,
+    }
+    return oel.Config(**{**few, **options})
+
+
+def arguments(cfg: oel.Config) -> list[str]:
+    """The command line that gives these settings, whatever the preset."""
+    argv = []
+    for name, value in dataclasses.asdict(cfg).items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(option if value else option.replace("--", "--no-", 1))
+        elif value != "":
+            argv += [option, str(value)]
+    return argv
+
+
+def plain_greedy(model, ids: list[int], limit: int, stop_ids=()) -> list[int]:
+    """What transformers' own generate answers, one prompt at a time, so without any padding."""
+    prompt, stops = torch.tensor([ids]), list(stop_ids) or None
+    options = {"max_new_tokens": limit, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(ids) :].tolist()
+
+
+def greedy(model, asked: list[list[int]], limit, stop_ids=(), **options):
+    return oel.sample(model, asked, max_new_tokens=limit, stop_ids=set(stop_ids), temperature=0, **options)
+
+
+def draw_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(5, 300) for _ in range(n)] for n in lengths]
+
+
+UNEQUAL = draw_prompts([1, 37, 5, 90, 2, 33, 64])
+
+
+# --- oel: the sampler against transformers' generate ------------------------------------------------------
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_greedy_replies_are_those_of_generate(kind, rows):
+    """A position or a mask off by one for some row, a bias or norm left out, another row's cache."""
+    model = make_model(kind)
+    limits = [40, 3, 17, 1, 25, 9, 40]
+    free = [plain_greedy(model, ids, 40) for ids in UNEQUAL]
+    stops = {free[0][30], free[2][4], free[5][2]}  # three stop ids, at different depths
+    replies = greedy(model, UNEQUAL, limits, stops, rows=rows)
+    for ids, limit, reply in zip(UNEQUAL, limits, replies, strict=True):
+        assert reply.ids == plain_greedy(model, ids, limit, stops)
+        assert reply.finish == ("stop" if reply.ids[-1] in stops else "length")
+        assert len(reply.ids) <= limit and not stops & set(reply.ids[:-1])
+    assert {reply.finish for reply in replies} == {"stop", "length"}
+
+
+def test_the_cache_grows_while_replies_go_on():
+    """A cache that is made larger for a long request and loses what the live rows had in it."""
+    model = make_model(num_hidden_layers=1)
+    asked, limits = draw_prompts([3, 5, 300, 4, 700, 250]), [60, 20, 12, 30, 6, 12]
+    replies = greedy(model, asked, limits, rows=2)
+    for ids, limit, reply in zip(asked, limits, replies, strict=True):
+        assert reply.ids == plain_greedy(model, ids, limit)
+
+
+def test_each_generator_gets_its_own_replies_turn_after_turn():
+    """Results out of order, or a reply sent to the generator that now has its row."""
+    model, asked, lengths = make_model(), {}, [2, 40, 9, 21, 5]
+
+    def talk(i):
+        ids, replies = draw_prompts([lengths[i]], seed=i)[0], []
+        for turn in range(1 + i % 3):
+            asked[i, turn] = list(ids), 3 + 4 * i
+            response = yield oel.Request(list(ids), 3 + 4 * i)
+            replies.append(response.ids)
+            ids = (ids + response.ids)[-50:]
+        return i, replies
+
+    def silent():
+        return "asked nothing"
+        yield
+
+    talks = [talk(0), talk(1), silent(), *(talk(i) for i in (2, 3, 4))]
+    results = oel.drive(model, talks, stop_ids=(), temperature=0, rows=2)
+    assert results.pop(2) == "asked nothing" and [i for i, _ in results] == [0, 1, 2, 3, 4]
+    for i, replies in results:
+        assert replies == [plain_greedy(model, *asked[i, turn]) for turn in range(1 + i % 3)]
+    assert oel.drive(model, [], stop_ids=()) == []
+
+
+def test_a_sampled_reply_depends_on_its_seed_and_index_alone():
+    """Noise drawn a batch at a time: a reply would change with its neighbours and with the number of rows."""
+    model = make_model()
+
+    def replies(asked, **options):
+        more = {"max_new_tokens": 12, "stop_ids": {7, 8}, "temperature": 0.9, "seed": 5, "vocab_size": 300}
+        return [reply.ids for reply in oel.sample(model, asked, **{**more, **options})]
+
+    first = replies(UNEQUAL)
+    assert first == replies(UNEQUAL, rows=1) == replies(UNEQUAL, rows=3)
+    others = draw_prompts([70, 1, 12, 5, 40, 8, 3], seed=9)
+    assert replies(UNEQUAL[:4] + others[4:], rows=2)[:4] == first[:4]
+    assert replies([UNEQUAL[0]] * 7)[0] == first[0]
+    assert len({tuple(ids) for ids in replies([UNEQUAL[0]] * 7)}) == 7, "equal prompts, equal noise"
+    assert all(a != b for a, b in zip(first, replies(UNEQUAL, seed=6), strict=True))
+    lowered = replies(UNEQUAL, max_new_tokens=[3, 12, 3, 12, 3, 12, 3])
+    assert [ids[:3] for ids in lowered] == [ids[:3] for ids in first] and lowered[1] == first[1]
+
+
+# --- oel: sampling statistics -----------------------------------------------------------------------------
+def chi_square_is_fine(counts: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether counts (V,) look like draws from p (V,). Ids expected less than 5 times are taken together."""
+    expected = p.double() * counts.sum()
+    rare = expected < 5
+    counts, expected = (
+        torch.cat([x[~rare].double(), x[rare].double().sum()[None]]) for x in (counts, expected)
+    )
+    used = expected > 0
+    freedom = int(used.sum()) - 1
+    chi = ((counts - expected)[used] ** 2 / expected[used]).sum().item()
+    return counts[~used].sum() == 0 and abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.8}])
+def test_sampled_frequencies_are_the_probabilities(options):
+    """A temperature applied twice or after the cut, top-p before top-k, a cut that loses its edge."""
+    model, temperature, n, V = make_model(num_hidden_layers=1, initializer_range=0.06), 0.7, 3000, 60
+    with torch.no_grad():
+        scores = model(torch.tensor([UNEQUAL[2]])).logits[:, -1, :V]
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(options["top_k"])] if "top_k" in options else []
+    warpers += [TopPLogitsWarper(options["top_p"])] if "top_p" in options else []
+    for warp in warpers:
+        scores = warp(None, scores)
+    p = scores[0].softmax(-1)
+    more = {"max_new_tokens": 1, "stop_ids": (), "temperature": temperature, "vocab_size": V, "seed": 1}
+    ids = [reply.ids[0] for reply in oel.sample(model, [UNEQUAL[2]] * n, **more, **options, rows=n)]
+    assert chi_square_is_fine(torch.bincount(torch.tensor(ids), minlength=V), p)
+    assert {i for i in range(V) if p[i] * n > 20} <= set(ids) <= {i for i in range(V) if p[i] > 0}
+
+
+def test_draws_are_independent():
+    """One noise for two positions, turns or neighbours: each draw is right, and pairs of them are not."""
+    model, V, n = make_model(num_hidden_layers=1), 6, 2000
+    more = {"stop_ids": (), "temperature": 1e6, "vocab_size": V, "rows": n}  # so hot that all ids are equal
+
+    def ask_twice():
+        first = yield oel.Request([5], 2)
+        second = yield oel.Request([5], 1)
+        return first.ids + second.ids
+
+    a, b, c = torch.tensor(oel.drive(model, [ask_twice() for _ in range(n)], **more)).T
+    other = torch.tensor([r.ids[0] for r in oel.sample(model, [[5]] * n, max_new_tokens=1, seed=1, **more)])
+    for x, y in [(a, b), (a, c), (b, c), (a[1:], a[:-1]), (a, other)]:
+        assert chi_square_is_fine(torch.bincount(V * x + y, minlength=V * V), torch.full((V * V,), 1 / V**2))
+
+
+def test_ids_beyond_the_vocabulary_are_never_sampled():
+    """Qwen3's head has 267 rows more than the tokenizer has ids: they decode to nothing."""
+    model = make_model()
+    for options in (
+        {"temperature": 0},
+        {"temperature": 9.0},
+        {"temperature": 9.0, "top_p": 0.99, "top_k": 50},
+    ):
+        more = {"max_new_tokens": 20, "stop_ids": (), "vocab_size": 10}
+        replies = oel.sample(model, UNEQUAL, **more, **options)
+        assert max(i for reply in replies for i in reply.ids) < 10
+    assert max(i for reply in greedy(model, UNEQUAL, 20) for i in reply.ids) >= 10
+
+
+def test_the_first_token_stays_however_small_top_p_is():
+    logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(50, 1)
+    assert oel.pick(logits, torch.arange(50), 1.0, 0, 1e-9).unique().tolist() == [1]
+
+
+# --- oel: what the sampler refuses, and leaves behind -----------------------------------------------------
+@pytest.mark.parametrize("length, limit", [(60, 5), (0, 5), (3, 0), (65, 1)])
+def test_a_request_that_does_not_fit_is_refused_with_its_numbers(length, limit):
+    """A prompt that is cut without a word, or positions the model never saw."""
+    model = make_model(max_position_embeddings=64)
+    with pytest.raises(ValueError, match=rf"(?s)\b{length}\b.*\b{limit}\b.*\b64\b"):
+        greedy(model, [[5, 6], [7] * length], [2, limit])
+    assert len(greedy(model, [[7] * 60], 4)[0].ids) == 4, "exactly full is fine"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
+    """Attention or mode that stays switched after a sample, or after a generator that failed."""
+    model = make_model().train(training)
+    with torch.no_grad():
+        before = model(torch.tensor([UNEQUAL[1]])).logits
+    attention = model.config._attn_implementation
+
+    def fail():
+        yield oel.Request([5], 3)
+        raise KeyError("mine")
+
+    greedy(model, UNEQUAL[:2], 3)
+    with pytest.raises(KeyError, match="mine"):
+        oel.drive(model, [fail()], stop_ids=())
+    assert (model.training, model.config._attn_implementation) == (training, attention)
+    after = model(torch.tensor([UNEQUAL[1]])).logits
+    assert torch.equal(after, before) and after.requires_grad and torch.is_grad_enabled()
+
+
+SHAPE = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SHAPE |= {
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+}
+GQA = {"num_key_value_heads": 2}
+FAMILIES = [
+    ("Mistral", {**GQA, "sliding_window": 4}, "refused"),
+    ("Mixtral", GQA, "refused"),
+    ("Gemma2", {**GQA, "head_dim": 8}, "refused"),
+    ("Phi", {}, "refused"),  # its head has a bias
+    ("Granite", {**GQA, "logits_scaling": 8.0}, "refused"),  # its logits are not hidden state times head
+    ("Cohere", {**GQA, "logit_scale": 0.25}, "refused"),
+    ("Nemotron", GQA, "refused"),  # its layers do not hand our cache on to the attention
+    ("GPTNeoX", {}, "refused"),  # no grouped heads in its config
+    ("Mamba", {}, "refused"),
+    ("Mistral", {**GQA, "sliding_window": None}, "works"),
+    ("Olmo2", GQA, "works"),
+    ("SmolLM3", GQA, "works"),
+]
+
+
+@pytest.mark.parametrize("family, options, what", FAMILIES)
+def test_a_model_works_or_is_refused_by_name(family, options, what):
+    """An architecture that runs and samples from something that is not the model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**SHAPE, **options)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    if what == "refused":
+        loud = TypeError if family == "Nemotron" else oel.UsageError
+        with pytest.raises(loud, match="oel_rows" if loud is TypeError else f"{family}ForCausalLM"):
+            oel.check_supported(model)
+            greedy(model, [[5, 6, 7]], 2)
+    else:
+        oel.check_supported(model)
+        asked = [[5, 6, 7, 8, 9, 10, 11], [12]]
+        assert [r.ids for r in greedy(model, asked, 9)] == [plain_greedy(model, ids, 9) for ids in asked]
+
+
+# --- oel: the reverse KL ----------------------------------------------------------------------------------
+N, D, V = 13, 24, 50
+
+
+def plain_kl(hs, ht, ws, wt, temperature, top_k=0):
+    """The same sum by autograd over all logits at once."""
+    logp = (hs @ ws.T / temperature).log_softmax(-1)
+    terms = logp.exp() * (logp - (ht @ wt.T / temperature).log_softmax(-1).detach())
+    if top_k:
+        terms = terms.gather(-1, logp.topk(top_k, -1).indices)
+    return terms.sum()
+
+
+def kl_inputs(scale: float, dtype=torch.float64):
+    """Hidden states and heads that make logits of about this size; the student's leaves want gradients."""
+    draw = torch.Generator().manual_seed(int(scale))
+    shapes = [(N, D), (N, D), (V, D), (V, D)]
+    hs, ht, ws, wt = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    wt = ws + 0.3 * wt
+    hs, ht = (h * scale / D**0.5 for h in (hs, hs + 0.3 * ht))
+    hs, ht, ws, wt = (x.to(dtype) for x in (hs, ht, ws, wt))
+    return hs.requires_grad_(), ht, ws.requires_grad_(), wt
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("scale", [1, 10, 30])
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_reverse_kl_is_that_of_float64_autograd(scale, dtype, tolerance, top_k):
+    """A factor of the temperature, a term of the analytic gradient, or all its digits at large logits."""
+    given = kl_inputs(scale, dtype)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in given]
+    found, wanted = oel.reverse_kl(*given, 0.7, top_k=top_k, chunk=5), plain_kl(*exact, 0.7, top_k)
+    (found * 2.5).backward()
+    (wanted * 2.5).backward()
+    assert relative(found.detach(), wanted.detach()) < tolerance
+    for i in (0, 2):
+        assert given[i].grad.dtype == dtype and relative(given[i].grad, exact[i].grad) < tolerance
+
+
+@pytest.mark.parametrize("scale", [100.0, 300.0])
+def test_a_saturated_student_keeps_its_gradient(scale):
+    """Where the student is all but certain, d and its mean cancel to the last digit in float32."""
+    V = 12
+    logits, teacher = torch.zeros(3, V), torch.zeros(3, V)
+    logits[:, 4], logits[:, 5] = scale, torch.tensor([scale - 9, scale - 12, scale - 15])
+    teacher[:, 5] = scale  # the teacher is as certain of another token
+    eye, hidden = torch.eye(V), logits.clone().requires_grad_()
+    exact = logits.double().requires_grad_()
+    found = oel.reverse_kl(hidden, teacher, eye, eye, 1.0)
+    wanted = plain_kl(exact, teacher.double(), eye.double(), eye.double(), 1.0)
+    found.backward(), wanted.backward()
+    assert relative(found.detach(), wanted.detach()) < 1e-5
+    for row in range(3):  # each row by itself: the last is a thousand times smaller than the first
+        assert relative(hidden.grad[row], exact.grad[row]) < 1e-4
+
+
+def test_the_chunks_do_not_change_the_reverse_kl():
+    """A last chunk that is shorter, or gradients of one chunk that overwrite another's."""
+    found = []
+    for chunk in (N + 7, N, 5, 1):
+        given = kl_inputs(3)
+        value = oel.reverse_kl(*given, 0.7, chunk=chunk)
+        value.backward()
+        found.append((value.detach(), given[0].grad, given[2].grad))
+    for others in found[1:]:
+        assert all(relative(a, b) < 1e-12 for a, b in zip(others, found[0], strict=True))
+
+
+def test_a_tied_head_gets_both_gradients():
+    """The embedding is the head: its gradient through the layers and the one of the head add up."""
+    grads = []
+    for kl in (oel.reverse_kl, plain_kl):
+        _, ht, weight, wt = kl_inputs(2)
+        hidden = torch.tanh(weight[torch.arange(N)] @ torch.ones(D, D, dtype=weight.dtype).tril())
+        kl(hidden, ht, weight[: V - 3], wt[: V - 3], 0.7).backward()
+        grads.append(weight.grad)
+    assert relative(*grads) < 1e-9
+
+
+def test_no_gradient_reaches_the_teacher():
+    given = [x.detach().requires_grad_() for x in kl_inputs(2)]
+    oel.reverse_kl(*given, 0.7).backward()
+    assert given[1].grad is None and given[3].grad is None and given[0].grad.any() and given[2].grad.any()
+
+
+def test_equal_sides_have_no_divergence():
+    hs, _, ws, _ = kl_inputs(20, torch.float32)
+    value = oel.reverse_kl(hs, hs.detach(), ws, ws.detach(), 0.7)
+    value.backward()
+    assert value.item() == 0 and not hs.grad.any() and not ws.grad.any()
+
+
+@pytest.mark.parametrize("rows", [(N, N - 1, V, V), (N, N, V, V - 1)])
+def test_sides_that_do_not_match_are_refused(rows):
+    """Broadcasting one position, or padded heads of different sizes, would give some number."""
+    with pytest.raises(ValueError, match=str(min(rows[:2]) if rows[0] != rows[1] else rows[3])):
+        oel.reverse_kl(*(torch.randn(n, D) for n in rows), 0.7)
+
+
+def test_a_frozen_head_needs_no_gradient():
+    hs, ht, ws, wt = kl_inputs(2)
+    oel.reverse_kl(hs, ht, ws.detach(), wt, 0.7).backward()
+    assert hs.grad.any()
+
+
+# --- oel: the step ----------------------------------------------------------------------------------------
+LESSONS = [prompts.as_items(["H loses.", "G wins."]), "Walk around H.\nIt is a hole."]
+
+
+def make_samples(policy) -> list[oel.Sample]:
+    """Samples of unequal lengths; the replies hold stop ids, padding ids and id 0, and one is a single id."""
+    draw, stop, samples = random.Random(0), policy.tokenizer.eos_token_id, []
+    for i, n in enumerate([9, 1, 30, 2, 17]):
+        message = prompts.play_prompt("TASK", ["x" * (1 + 13 * i)])
+        reply = [draw.randrange(policy.vocab_size) for _ in range(n - 1)] + [stop]
+        reply[1:-1:4] = [[0, policy.tokenizer.pad_token_id, stop][j % 3] for j in range(len(reply[1:-1:4]))]
+        told = prompts.with_experience(message, LESSONS[i % 2])
+        samples.append(oel.Sample(policy.encode(message), policy.encode(told), reply))
+    return samples
+
+
+def plain_loss(policy, teacher, samples, temperature=0.7, top_k=None) -> torch.Tensor:
+    """Eq. 2 a sample at a time, from the logits of the hub's own forward pass."""
+    total, n = 0.0, 0
+    for s in samples:
+        ids = [torch.tensor([prompt + s.response_ids]) for prompt in (s.prompt_ids, s.teacher_ids)]
+        here = slice(-len(s.response_ids) - 1, -1)
+        student, known = (
+            (model(x).logits[0, here, : policy.vocab_size].double() / temperature).log_softmax(-1)
+            for model, x in zip((policy.model, teacher), ids, strict=True)
+        )
+        terms = student.exp() * (student - known.detach())
+        kept = student.topk(top_k or policy.vocab_size, -1).indices
+        total, n = total + terms.gather(-1, kept).sum(), n + len(s.response_ids)
+    return total / n
+
+
+def frozen(policy):
+    """Another model of the same shape as a teacher, so that student and teacher differ in weights as well."""
+    teacher = copy.deepcopy(policy.model).requires_grad_(False)
+    draw = torch.Generator().manual_seed(1)
+    for p in teacher.parameters():
+        p += 0.02 * torch.randn(p.shape, generator=draw)
+    return teacher
+
+
+def gradients(policy) -> list[torch.Tensor]:
+    """The gradients that a step left, taken away."""
+    found = [p.grad for p in policy.master]
+    for p in policy.master:
+        p.grad = None
+    return found
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_loss_and_gradient_are_those_of_plain_autograd(kind, tmp_path):
+    """A position off by one, padding that is scored, a token mean per micro-batch, a wrong temperature.
+
+    One micro-batch of everything, several, and one a sample have to give the same.
+    """
+    tied = {"tie_word_embeddings": kind == "qwen3"}
+    policy = oel.load_policy(save_policy(tmp_path, kind, **tied), torch.device("cpu"))
+    teacher, samples = frozen(policy), make_samples(policy)
+    wanted = plain_loss(policy, teacher, samples)
+    wanted.backward()
+    exact = gradients(policy)
+    for micro_tokens in (100_000, 400, 1):
+        loss = oel.distill(policy, teacher, samples, small(micro_tokens=micro_tokens))
+        assert loss == pytest.approx(wanted.item(), rel=1e-5) and loss > 0.1
+        for found, grad in zip(gradients(policy), exact, strict=True):
+            assert relative(found, grad) < 1e-4
+
+
+def test_temperature_and_top_k_reach_the_loss(policy):
+    teacher, samples = frozen(policy), make_samples(policy)
+    for temperature, top_k in [(0.7, 0), (1.5, 0), (0.7, 8)]:
+        with torch.no_grad():
+            wanted = plain_loss(policy, teacher, samples, temperature, top_k).item()
+        loss = oel.distill(policy, teacher, samples, small(temperature=temperature, kl_top_k=top_k))
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_micro_batches_hold_every_sample_once_within_the_budget(policy):
+    samples = make_samples(policy) * 3
+    for budget in (1, 400, 700, 10**6):
+        batches = oel.micro_batches(samples, budget)
+        assert sorted(map(id, itertools.chain(*batches))) == sorted(map(id, samples))
+        for batch in batches:
+            longest = max(len(s.teacher_ids) + len(s.response_ids) for s in batch)
+            assert len(batch) == 1 or len(batch) * longest <= budget
+    assert len(oel.micro_batches(samples, 10**6)) == 1 and len(oel.micro_batches(samples, 1)) == len(samples)
+
+
+def test_both_sides_score_the_same_ids(policy):
+    """The teacher's suffix cut or shifted: its hidden states would predict other tokens."""
+    samples = make_samples(policy)
+    replies = [s.response_ids for s in samples]
+    for side in ("prompt_ids", "teacher_ids"):
+        hidden, predicted = oel.response_hidden(policy.model, [getattr(s, side) for s in samples], replies)
+        assert predicted.tolist() == list(itertools.chain(*replies)) and len(hidden) == len(predicted)
+        here = [len(getattr(s, side)) for s in samples]
+        for i, s in enumerate(samples):
+            start = sum(map(len, replies[:i]))
+            with torch.no_grad():
+                alone = policy.model(torch.tensor([getattr(s, side) + s.response_ids])).logits[
+                    0, here[i] - 1 : -1
+                ]
+            logits = (
+                hidden[start : start + len(s.response_ids)] @ policy.model.get_output_embeddings().weight.T
+            )
+            assert relative(logits.detach(), alone) < 1e-5
+
+
+def test_half_precision_weights_learn_through_their_masters(policy):
+    """Gradients added up in bf16, or left over for the next step; weights updated in bf16."""
+    samples, teacher = make_samples(policy), frozen(policy)
+    oel.distill(policy, teacher, samples, small())
+    exact = torch.cat([grad.flatten() for grad in gradients(policy)])
+    policy.master = [p.detach().clone() for p in policy.model.parameters()]
+    for p in policy.model.parameters():
+        p.data = p.data.bfloat16()
+    for p in teacher.parameters():
+        p.data = p.data.bfloat16()
+    for micro_tokens in (10**6, 1):
+        oel.distill(policy, teacher, samples, small(micro_tokens=micro_tokens))
+        assert all(p.grad is None and p.dtype == torch.bfloat16 for p in policy.model.parameters())
+        found = gradients(policy)
+        assert {grad.dtype for grad in found} == {torch.float32}
+        assert relative(torch.cat([grad.flatten() for grad in found]), exact) < 0.1
+    before = [p.clone() for p in policy.master]
+    oel.consolidate(policy, small(lr=1e-6, weight_decay=0.0), logs(), LESSONS, 0)
+    assert all((a != b).any() for a, b in zip(policy.master, before, strict=True)), "a small step is lost"
+    for p, master in zip(policy.model.parameters(), policy.master, strict=True):
+        assert master.dtype == torch.float32 and torch.equal(p, master.bfloat16())
+
+
+def test_recomputed_activations_give_the_same_gradients(policy):
+    samples, teacher = make_samples(policy), frozen(policy)
+    loss, exact = oel.distill(policy, teacher, samples, small()), gradients(policy)
+    policy.model.train()
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert oel.distill(policy, teacher, samples, small()) == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients(policy), exact, strict=True))
+
+
+# --- oel: consolidation -----------------------------------------------------------------------------------
+def logs(n: int = 4) -> list[dict]:
+    """Trajectories of FrozenLake, each of two refused moves."""
+    return [play(FrozenLake(), seed, lambda turn, said: "no idea") for seed in range(n)]
+
+
+def consolidated(policy, cfg, experiences=LESSONS, **more) -> list[dict]:
+    """The records of a consolidation's steps."""
+    records = []
+    oel.consolidate(
+        policy, cfg, logs(), experiences, 0, on_step=lambda step, record: records.append(record), **more
+    )
+    return records
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("which", ["fixture", "tiny"])
+def test_without_experience_there_is_nothing_to_learn(which, thinking, folder):
+    """The KL-zero control: student and teacher that read prompts of two builders, templates or positions.
+
+    Weights have not moved in the first step, and the teacher knows no more than the student. One lesson, and
+    the loss is there.
+    """
+    source = str(oel.TINY) if which == "tiny" else folder
+    for experiences in (None, LESSONS):
+        policy = oel.load_policy(source, torch.device("cpu"), thinking)
+        cfg = small(
+            thinking=thinking, steps=1, batch_episodes=3, checkpointing=which == "fixture", micro_tokens=900
+        )
+        (record,) = consolidated(policy, cfg, experiences)
+        assert record["tokens"] > 0 and record["replies"] == 6
+        if experiences is None:
+            assert abs(record["loss"]) < 1e-9 and record["grad_norm"] < 1e-6
+        else:
+            assert record["loss"] > 1e-6 and record["grad_norm"] > 1e-6
+
+
+def test_an_empty_list_of_experiences_is_no_control(policy):
+    """`[]` taken for None trains towards a teacher that knows nothing, without a word."""
+    for nothing in ([], [" \n"]):
+        with pytest.raises((ValueError, IndexError)):
+            oel.consolidate(policy, small(), logs(), nothing, 0)
+
+
+def test_the_logged_loss_is_the_mean_over_all_tokens_of_the_step(policy, monkeypatch):
+    """The last micro-batch's share, or a mean of means; tokens and replies are counted over the step too."""
+    seen, real = [], oel.distill
+
+    def spy(policy, teacher, samples, cfg):
+        with torch.no_grad():
+            seen.append((samples, plain_loss(policy, teacher, samples, cfg.temperature).item()))
+        return real(policy, teacher, samples, cfg)
+
+    monkeypatch.setattr(oel, "distill", spy)
+    records = consolidated(policy, small(batch_episodes=2, micro_tokens=300, temperature=0.9))
+    assert len(records) == len(seen) == 2
+    for record, (samples, loss) in zip(records, seen, strict=True):
+        assert record["loss"] == pytest.approx(loss, rel=1e-4)
+        assert record["tokens"] == sum(len(s.response_ids) for s in samples) and record["replies"] == len(
+            samples
+        )
+        assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
+    turns = [turn for log in logs() for turn in log["turns"]]
+    told = [policy.encode(prompts.with_experience(turn["prompt"], e)) for turn in turns for e in LESSONS]
+    plain = [policy.encode(turn["prompt"]) for turn in turns]
+    assert [s.prompt_ids for samples, _ in seen for s in samples] == plain, "every prompt once, in order"
+    assert all(s.teacher_ids in told for samples, _ in seen for s in samples)
+
+
+def test_the_replies_are_the_students_of_the_moment(policy, monkeypatch):
+    """Replies sampled once, by the teacher, with the experience, truncated, or at another temperature."""
+    calls, real = [], oel.drive
+
+    def spy(model, generators, **how):
+        calls.append((how["temperature"], how.get("top_p", 1.0), how.get("top_k", 0), model is policy.model))
+        return real(model, generators, **how)
+
+    monkeypatch.setattr(oel, "drive", spy)
+    assert len(consolidated(policy, small(temperature=0.9))) == 2
+    assert calls == [(0.9, 1.0, 0, True)] * 2
+
+
+def test_learning_lowers_the_divergence(policy):
+    """A sign, or an update that never arrives: the loss of the first replies would not fall."""
+    asked = [turn["prompt"] for log in logs() for turn in log["turns"]]
+    student = [policy.encode(x) for x in asked]
+    told = [policy.encode(prompts.with_experience(x, LESSONS[0])) for x in asked]
+    replies = oel.sample(policy.model, student, max_new_tokens=8, stop_ids=(), temperature=0.7, seed=99)
+    samples = [oel.Sample(x, e, y.ids) for x, e, y in zip(student, told, replies, strict=True)]
+    teacher, losses = copy.deepcopy(policy.model).requires_grad_(False), []
+    for steps in (4, 0):
+        losses.append(oel.distill(policy, teacher, samples, small()))
+        gradients(policy)
+        oel.consolidate(policy, small(steps=steps, batch_episodes=4, lr=5e-4), logs() * 4, LESSONS[:1], 0)
+    assert losses[1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_no_weight(policy, monkeypatch, poison):
+    before, real = [p.clone() for p in policy.master], oel.reverse_kl
+    monkeypatch.setattr(oel, "reverse_kl", lambda *a, **k: real(*a, **k) * poison)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        consolidated(policy, small())
+    assert all(torch.equal(a, b) for a, b in zip(policy.master, before, strict=True))
+
+
+def test_a_state_continues_where_it_was_saved(folder, tmp_path):
+    """Optimizer moments, a step or weights that are not restored; a teacher of the wrong moment."""
+    cpu, cfg, path = (
+        torch.device("cpu"),
+        small(steps=4, save_every=2, reply_limit=4),
+        tmp_path / "state" / "step.pt",
+    )
+    whole, records = oel.load_policy(folder, cpu), []
+    oel.consolidate(
+        whole, cfg, logs(), LESSONS, 0, on_step=lambda step, record: records.append(record["loss"])
+    )
+
+    def stop(step, record):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        oel.consolidate(oel.load_policy(folder, cpu), cfg, logs(), LESSONS, 0, path, stop)
+    assert path.exists() and not list(tmp_path.rglob("*.part"))
+    policy, again = oel.load_policy(folder, cpu), []
+    oel.consolidate(
+        policy, cfg, logs(), LESSONS, 0, path, lambda step, record: again.append((step, record["loss"]))
+    )
+    assert again == list(enumerate(records, 1))[2:]
+    assert all(torch.equal(a, b) for a, b in zip(policy.master, whole.master, strict=True))
+    assert not policy.model.training
+
+
+def test_a_checkpoint_holds_the_masters(policy, tmp_path):
+    """A checkpoint in bf16, or without a tied head, or in need of our code to be opened."""
+    policy.master = [p.detach() + 1e-5 for p in policy.model.parameters()]
+    oel.save_model(tmp_path / "model", policy)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for p, master in zip(model.parameters(), policy.master, strict=True):
+        assert torch.equal(p, master)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert prompts.chat_ids(tokenizer, "H loses.", False) == prompts.chat_ids(
+        policy.tokenizer, "H loses.", False
+    )
+    again = oel.load_policy(str(tmp_path / "model"), torch.device("cpu"))
+    assert (again.stop_ids, again.vocab_size) == (policy.stop_ids, policy.vocab_size)
+
+
+# --- oel: playing, reading, measuring ---------------------------------------------------------------------
+def scripted(monkeypatch, answer):
+    """Replace the sampler: `answer(prompt as text)` is what the policy replies. Returns what it saw."""
+    seen, tokenizer = [], make_tokenizer()
+
+    def drive(model, generators, **how):
+        results = []
+        for talk in generators:
+            try:
+                request = next(talk)
+                while True:
+                    seen.append(tokenizer.decode(request.ids))
+                    ids = tokenizer.encode(answer(seen[-1]))[: request.max_new_tokens]
+                    request = talk.send(oel.Response(ids, "stop" if ids[-1] in how["stop_ids"] else "length"))
+            except StopIteration as stop:
+                results.append(stop.value)
+        return results
+
+    monkeypatch.setattr(oel, "drive", drive)
+    return seen
+
+
+def test_a_policy_is_what_its_folder_says(folder, policy):
+    """Stop ids of the tokenizer alone, sampling defaults that leak in, rows of the head without an id."""
+    ids = policy.tokenizer.convert_tokens_to_ids
+    assert policy.stop_ids == {ids("<|im_end|>"), ids("<|endoftext|>")}
+    assert policy.vocab_size == len(policy.tokenizer) < policy.model.config.vocab_size
+    assert not policy.model.training and {p.dtype for p in policy.master} == {torch.float32}
+    for thinking in (True, False):
+        asked = oel.load_policy(folder, torch.device("cpu"), thinking).encode("Hello.")
+        assert asked == template_ids(policy.tokenizer, "Hello.", thinking)
+    assert policy.decode(policy.tokenizer.encode("<think>a</think> b<|im_end|>")) == "<think>a</think> b"
+
+
+def test_trajectories_are_as_the_design_has_them(policy, monkeypatch):
+    replies = [
+        "<think>down?</think> [down]<|im_end|>",
+        "hm<|im_end|>",
+        "<think>[down] too long to be read to its end",
+    ]
+    seen = scripted(
+        monkeypatch, lambda text: replies[min(2, text.count("You moved") + text.count("not valid"))]
+    )
+    (found,) = oel.deploy(policy, small(reply_limit=20), [1], 0, truncate=False)
+    assert set(found) == {"id", "turns", "outcome"} and json.loads(json.dumps(found)) == found
+    assert [set(turn) for turn in found["turns"]] == [{"prompt", "response", "feedback"}] * len(
+        found["turns"]
+    )
+    game = FrozenLake()
+    said = [game.reset(1)]
+    for turn, text in zip(found["turns"], seen, strict=True):
+        assert turn["prompt"] == prompts.play_prompt(game.task, said) and turn["prompt"] in text
+        said.append(game.step(turn["response"])[0])
+        assert turn["feedback"] == said[-1]
+    assert game.done and "<|im_end|>" not in str(found)
+    assert found["turns"][0]["response"] == "<think>down?</think> [down]"
+    outcome = found["outcome"]
+    assert (outcome["won"], outcome["turns"]) == (game.won, len(said) - 1)
+    assert (outcome["invalid"], outcome["truncated"], outcome["unclosed"]) == (3, 3, 3)
+
+
+def test_a_game_of_ones_own_is_played(policy, monkeypatch):
+    """A loop that asks more of a game than reset, step and won: no task, no count of invalid moves."""
+    scripted(monkeypatch, lambda text: "4<|im_end|>" if "Higher" in text else "2<|im_end|>")
+    talk = oel.episode(policy, HotCold(), 4, "mine", 8)
+    (found,) = oel.drive(policy.model, [talk], stop_ids=policy.stop_ids)
+    assert found["id"] == "mine" and found["outcome"]["won"] and found["outcome"]["turns"] == 2
+
+    class Silent:
+        won = True
+
+        def reset(self, seed):
+            return "Hello."
+
+        def step(self, reply):
+            return "Bye.", True
+
+    (found,) = oel.drive(policy.model, [oel.episode(policy, Silent(), 0, "", 8)], stop_ids=policy.stop_ids)
+    (turn,) = found["turns"]
+    assert (turn["prompt"].strip(), turn["response"], turn["feedback"]) == ("Hello.", "2", "Bye.")
+
+
+def test_the_experience_is_read_and_not_logged(policy):
+    """Lessons that stay in the logged prompt: the student would be trained with them before its eyes."""
+    talk = oel.episode(policy, FrozenLake(), 0, "", 9, "H loses.")
+    request, found = next(talk), None
+    while found is None:
+        assert "H loses." in policy.decode(request.ids) and request.max_new_tokens == 9
+        try:
+            request = talk.send(oel.Response([5], "length"))
+        except StopIteration as stop:
+            found = stop.value
+    assert "H loses." not in json.dumps(found)
+
+
+def test_a_strict_run_does_not_move_on_a_thought(policy, monkeypatch):
+    scripted(monkeypatch, lambda text: "<think>[down]")
+    for strict, thinking, invalid in [(True, True, 2), (False, True, 0), (True, False, 0)]:
+        (found,) = oel.deploy(policy, small(strict=strict, thinking=thinking), [0], 0, truncate=True)
+        assert (found["outcome"]["invalid"] == 2) == bool(invalid)
+
+
+def test_extraction_never_reads_the_outcome(policy):
+    """A label that tips the lessons; they come from what the game said."""
+    cfg, played = small(form="free", episodes=2), logs(4)
+    policy.count_tokens = len  # what a random policy writes has more tokens than it took to write it
+    cfg.experience_budget = 60
+    lists = oel.extract(policy, cfg, played, 3)
+    flipped = [{**log, "id": str(i), "outcome": {"won": i % 2 == 0}} for i, log in enumerate(played)]
+    bare = [{"id": log["id"], "turns": log["turns"]} for log in played]
+    assert len(lists) == 2 and lists == oel.extract(policy, cfg, flipped, 3) == oel.extract(
+        policy, cfg, bare, 3
+    )
+    assert lists != oel.extract(policy, cfg, played, 4) and lists[0] != lists[1]
+
+
+def test_a_list_is_folded_over_its_own_episodes(policy, monkeypatch):
+    """Lists that share episodes, start from another's lessons, or are shown them unasked."""
+    seen = scripted(monkeypatch, lambda text: f"- EXPERIENCE ITEM: {text.count('ITEM: ')}<|im_end|>")
+    played = [{**log, "turns": [{**t, "feedback": f"FEEDBACK {i}"} for t in log["turns"]]} for i, log in
+              enumerate(logs(4))]  # fmt: skip
+    cfg = small(form="items", experience_budget=200, previous=True)
+    lists = oel.extract(policy, cfg, played, 0)
+    assert [re.findall(r"FEEDBACK (\d)", text)[0] for text in seen] == ["0", "1", "2", "3"]
+    assert lists[0] == lists[1] and [("PREVIOUS" in text or prompts.PREVIOUS in text) for text in seen] == [
+        False, True, False, True]  # fmt: skip
+    assert len(lists[0].splitlines()) == 2 and lists[0].splitlines()[0] in seen[1]
+    seen.clear()
+    oel.extract(policy, small(form="items", experience_budget=200), played, 0)
+    assert not any(prompts.PREVIOUS in text for text in seen)
+
+
+def test_an_extraction_without_a_lesson_is_an_error(policy, monkeypatch):
+    """A round that distils nothing; but one list that failed does not stop the others."""
+    scripted(monkeypatch, lambda text: "I do not know.<|im_end|>")
+    with pytest.raises(oel.UsageError, match="no lesson"):
+        oel.extract(policy, small(form="items"), logs(2), 0)
+    answers = iter(["nothing<|im_end|>", "- EXPERIENCE ITEM: H loses.<|im_end|>"])
+    scripted(monkeypatch, lambda text: next(answers))
+    assert oel.extract(policy, small(form="items", experience_budget=99), logs(2), 0) == [
+        "- EXPERIENCE ITEM: H loses."
+    ]
+
+
+def test_what_the_evaluation_counts(policy, monkeypatch):
+    """Rates per episode where they are per reply; probes that read rules they should not, or not theirs."""
+    reply = "<think>[right] and so on for ever"
+    seen = scripted(monkeypatch, lambda text: reply)
+    found, played = oel.evaluate(policy, small(eval_games=3, probe_games=2, reply_limit=10), 0)
+    counts = [log["outcome"] for log in played]
+    replies = sum(len(log["turns"]) for log in played)
+    assert len(played) == 3 and found["reply_tokens"] == 10 and found["truncated_rate"] == 1
+    assert found["unclosed_rate"] == 1 and found["pass_rate"] == found["pass_rate_low"] == 0
+    assert found["invalid_rate"] == pytest.approx(sum(c["invalid"] for c in counts) / replies)
+    assert found["pass_rate_high"] == pytest.approx(oel.wilson(0, 3)[1])
+    assert found["unseen_pass_rate"] == found["forgetting_pass_rate"] == 0
+    first = [text for text in seen if text.count("Board:") == 1]
+    assert [text.count("+-----+-----+-----+-----+") > 0 for text in first] == [False] * 3 + [True] * 2 + [
+        False
+    ] * 2
+    assert ["is a hole" in text for text in first] == [False] * 5 + [True] * 2
+    for i, level in enumerate(envs.level_seeds("held_out", 3)):
+        assert FrozenLake().reset(level) in first[i], "not the held-out levels"
+    found, _ = oel.evaluate(policy, small(env="sokoban"), 0)
+    assert found["unseen_pass_rate"] is None and found["forgetting_pass_rate"] == 0
+
+
+WILSON = [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (64, 128, 0.4146, 0.5854)]
+
+
+@pytest.mark.parametrize("won, n, low, high", WILSON)
+def test_wilson_intervals(won, n, low, high):
+    assert oel.wilson(won, n) == pytest.approx((low, high), abs=1e-4)
+
+
+# --- oel: the command line --------------------------------------------------------------------------------
+def fails(argv: list[str], capsys) -> str:
+    """What the command says when it gives up; the exit code has to be 2."""
+    with pytest.raises(SystemExit) as stop:
+        oel.main(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+WRONG = [
+    (["--epsiodes", "3"], "--episodes"),
+    (["--learning-rate=3"], "--learning-rate"),
+    (["--env", "chess"], "frozenlake"),
+    (["--form", "poem"], "items"),
+    (["--rounds", "-1"], "--rounds"),
+    (["--steps", "0"], "--steps"),
+    (["--steps", "many"], "--steps"),
+    (["--lr", "-0.1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--temperature", "0"], "--temperature"),
+    (["--top-p", "1.5"], "--top-p"),
+    (["--device", "abacus"], "abacus"),
+]
+
+
+@pytest.mark.parametrize("argv, said", WRONG)
+def test_a_wrong_option_is_named(argv, said, capsys, tmp_path, monkeypatch):
+    """An option that is ignored, a value that trains something else, or a traceback."""
+    monkeypatch.setattr(oel, "drive", None)  # what is taken for right ends here
+    err = fails([*argv, "--out", str(tmp_path / "run")], capsys)
+    assert said in err and "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_presets_are_settings():
+    """A preset that misspells a setting, or gives a number as text."""
+    fields = {f.name: f.type for f in dataclasses.fields(oel.Config)}
+    for preset in (*oel.PRESETS.values(), oel.SMOKE):
+        for name, value in preset.items():
+            assert type(value) is fields[name] or fields[name] is float and type(value) is int
+    assert not {"model", "env", "out", "seed", "rounds"} & {name for p in oel.PRESETS.values() for name in p}
+
+
+def test_the_default_is_the_embedded_policy(capsys):
+    cfg = oel.parse_args([])
+    assert oel.Path(cfg.model) == oel.TINY and (cfg.env, cfg.rounds) == ("frozenlake", 3)
+    assert all(getattr(cfg, name) == value for name, value in oel.PRESETS["tiny"].items())
+    assert not capsys.readouterr().out
+    assert oel.parse_args(["--seed", "7"]).out != cfg.out != oel.parse_args(["--env", "sokoban"]).out
+
+
+def test_a_hub_name_finds_its_preset(capsys):
+    for name, preset in oel.PRESETS.items():
+        cfg = oel.parse_args(["--model", f"Qwen/{name}", "--env", "sokoban"])
+        assert cfg == oel.Config(model=f"Qwen/{name}", env="sokoban", out=cfg.out, **preset)
+        assert name in cfg.out and "no preset" not in capsys.readouterr().out
+    assert oel.parse_args(["--model", "Qwen/Qwen3-8B"]).steps == 100
+    assert not oel.parse_args(["--model", "Qwen/Qwen3-4B-Instruct-2507"]).thinking
+
+
+def test_a_model_without_a_preset_is_told_so(capsys):
+    cfg = oel.parse_args(["--model", "somebody/Other-3B"])
+    assert cfg == oel.Config(model="somebody/Other-3B", out=cfg.out)
+    said = capsys.readouterr().out
+    assert "Other-3B" in said and "Qwen3-1.7B" in said
+
+
+def test_what_is_typed_wins():
+    argv = [
+        "--model",
+        "Qwen/Qwen3-8B",
+        "--smoke",
+        "--steps",
+        "7",
+        "--no-thinking",
+        "--lr",
+        "1e-3",
+        "--out",
+        "x",
+    ]
+    cfg = oel.parse_args([*argv, "--kl-top-k", "256", "--previous"])
+    assert (cfg.steps, cfg.thinking, cfg.lr, cfg.kl_top_k, cfg.previous, cfg.out) == (
+        7,
+        False,
+        1e-3,
+        256,
+        True,
+        "x",
+    )
+    assert cfg.form == "items" and cfg.episodes == oel.SMOKE["episodes"]
+    assert oel.parse_args(arguments(cfg)) == cfg
+
+
+def test_the_help_names_every_setting(capsys):
+    """A stray percent sign in a help text breaks the whole page."""
+    with pytest.raises(SystemExit) as stop:
+        oel.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all("--" + f.name.replace("_", "-") in said for f in dataclasses.fields(oel.Config))
+
+
+def test_importing_does_nothing_else(tmp_path):
+    """A download, a seed, a folder or a line of text at import."""
+    code = (
+        "import random, socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import torch, numpy, transformers\n"
+        "before = random.getstate(), torch.get_rng_state().tolist(), torch.get_default_dtype()\n"
+        "import oel\n"
+        "assert before == (random.getstate(), torch.get_rng_state().tolist(), torch.get_default_dtype())\n"
+        "assert 'envs' not in sys.modules\n"
+    )
+    here = os.path.dirname(os.path.abspath(oel.__file__))
+    env = {**os.environ, "PYTHONPATH": here, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+# --- oel: files that are not as they should be ------------------------------------------------------------
+def test_lessons_that_are_not_there_are_an_error(folder, capsys, tmp_path):
+    """A missing file that trains on an empty string."""
+    argv = arguments(small(model=folder, out=str(tmp_path / "run")))
+    for name, text in [("missing.txt", None), ("empty.txt", " \n")]:
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        assert name in fails([*argv, "--experience", str(tmp_path / name)], capsys)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_that_cannot_be_used_is_an_error(folder, capsys, tmp_path):
+    """A folder without a model, a chat template or safetensors, or of a model we cannot sample."""
+    argv = ["--out", str(tmp_path / "run"), "--model"]
+    assert "nowhere" in fails([*argv, str(tmp_path / "nowhere")], capsys)
+    silent = shutil.copytree(folder, tmp_path / "silent")
+    (silent / "chat_template.jinja").unlink()
+    assert "chat template" in fails([*argv, str(silent)], capsys)
+    small_head = save_policy(tmp_path / "small-head", vocab_size=281)
+    assert re.search(r"\b281\b", fails([*argv, str(small_head)], capsys))
+    pickled = shutil.copytree(folder, tmp_path / "pickled")
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    assert "pickled" in fails([*argv, str(pickled)], capsys)
+    window = transformers.MistralConfig(**SHAPE | {"vocab_size": 320}, **GQA, sliding_window=4)
+    transformers.MistralForCausalLM(window).save_pretrained(tmp_path / "window")
+    make_tokenizer().save_pretrained(tmp_path / "window")
+    assert "MistralForCausalLM" in fails([*argv, str(tmp_path / "window")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("line", ['{"id": 1', "[1, 2]", "3", "null"])
+def test_a_malformed_line_is_named(line, tmp_path):
+    path = tmp_path / "logs.jsonl"
+    path.write_text('{"id": 0}\n' + line + '\n{"id": 2}\n')
+    with pytest.raises(oel.UsageError, match=r"logs\.jsonl.*\b2\b"):
+        oel.read_jsonl(path)
+    assert oel.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_records_survive_whatever_a_model_writes(tmp_path):
+    """Line separators that JSON leaves as they are: one record would be read back as two broken lines."""
+    rows = [
+        {"text": "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\r\ni\0 √ 🙂 \ufffd"},
+        {"text": "", "n": 0.1 + 0.2},
+    ]
+    oel.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert oel.read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch):
+    """The old file deleted before the new one has its name."""
+    path = tmp_path / "rows.jsonl"
+    oel.write_jsonl(path, [{"a": 1}])
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            oel.write_jsonl(path, [{"a": 2}])
+    assert oel.read_jsonl(path) == [{"a": 1}]
+
+
+# --- oel: whole runs --------------------------------------------------------------------------------------
+METRICS = {
+    "round",
+    "step",
+    "pass_rate",
+    "pass_rate_low",
+    "pass_rate_high",
+    "reply_tokens",
+    "in_context_pass_rate",
+}
+METRICS |= {
+    "unseen_pass_rate",
+    "forgetting_pass_rate",
+    "invalid_rate",
+    "truncated_rate",
+    "unclosed_rate",
+    "seconds",
+}
+STEPS = {"round", "step", "loss", "grad_norm", "tokens", "tokens_per_second"}
+
+
+def without_time(path) -> list[dict]:
+    rows = oel.read_jsonl(path)
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def test_one_whole_round(tmp_path, capsys, monkeypatch):
+    """The embedded policy plays, reads, learns and is measured; what it leaves is as promised."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(oel.Policy, "count_tokens", lambda self, text: len(text) // 4)
+    cfg = small(model=str(oel.TINY), out=str(out), form="free", eval_every=1, lr=1e-3)
+    oel.main(arguments(cfg))
+    said = capsys.readouterr().out
+    assert "pass rate" in said and f"{cfg.lr}" in said, "the settings in force, and the table"
+    assert json.loads((out / "config.json").read_text()) == dataclasses.asdict(cfg)
+    rows = oel.read_jsonl(out / "metrics.jsonl")
+    assert [(row["round"], row["step"]) for row in rows] == [(0, 0), (1, 1), (1, 2)]
+    for row in rows:
+        assert set(row) == METRICS
+        assert (
+            0 <= row["pass_rate_low"] <= row["pass_rate"] <= row["pass_rate_high"] <= 1 and row["seconds"] > 0
+        )
+        assert 0 < row["reply_tokens"] <= 8 and 0 <= row["forgetting_pass_rate"] <= 1
+        assert 0 <= row["unseen_pass_rate"] <= 1
+    assert rows[0]["in_context_pass_rate"] is None and 0 <= rows[-1]["in_context_pass_rate"] <= 1
+    steps = oel.read_jsonl(out / "steps.jsonl")
+    assert [(row["round"], row["step"]) for row in steps] == [(1, 1), (1, 2)] and set(steps[0]) >= STEPS
+    assert all(row["tokens"] > 0 and row["loss"] >= 0 and row["grad_norm"] > 0 for row in steps)
+    played = [oel.read_jsonl(out / "round1" / f"{name}.jsonl") for name in ("trajectories", "logs")]
+    assert [len(logs) for logs in played] == [2, 2] and all(
+        set(log) == {"id", "turns", "outcome"} for log in played[0]
+    )
+    lessons = [file.read_text() for file in sorted((out / "round1" / "experience").iterdir())]
+    assert 1 <= len(lessons) <= 2 and all(text.strip() for text in lessons)
+    assert not list(out.rglob("*.part")) and not (out / "round1" / "state").exists()
+    firsts = [{log["turns"][0]["prompt"] for log in logs} for logs in played]
+    assert len(firsts[0]) == 1, "every list reads episodes on the same levels"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "round1" / "model", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "round1" / "model")
+    before = transformers.AutoModelForCausalLM.from_pretrained(oel.TINY, dtype=torch.float32)
+    assert template_ids(tokenizer, "Hi", False) and model.config.vocab_size == before.config.vocab_size
+    assert all((a != b).any() for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """Two rounds that nothing interrupts: the settings and the folder."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(oel.Policy, "count_tokens", lambda self, text: len(text) // 4)
+        cfg = small(model=folder, rounds=2, form="free", out=str(tmp_path_factory.mktemp("runs") / "whole"))
+        oel.run(cfg)
+    return cfg
+
+
+STOPS = [
+    ("evaluate", 1),
+    ("deploy", 1),
+    ("extract", 1),
+    ("deploy", 1),
+    ("distill", 2),  # one step is saved, the second has its gradients
+    ("save_model", 1),
+    ("evaluate", 1),
+    ("deploy", 2),  # the second round
+    ("save_state", 1),
+    ("distill", 1),
+    ("evaluate", 1),
+]
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(whole, tmp_path, monkeypatch):
+    """Noise that depends on what ran before, a step made twice, a record lost or doubled, an old policy.
+
+    Every start is stopped when some stage is just over and not yet recorded; the last one runs to its end.
+    """
+    cfg = dataclasses.replace(whole, out=str(tmp_path / "run"))
+    monkeypatch.setattr(oel.Policy, "count_tokens", lambda self, text: len(text) // 4)
+    for name, nth in STOPS:
+        calls, real = itertools.count(1), getattr(oel, name)
+
+        def stopping(*args, calls=calls, real=real, nth=nth, **more):
+            result = real(*args, **more)
+            if next(calls) == nth:
+                raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(oel, name, stopping)
+            with pytest.raises(KeyboardInterrupt):
+                oel.run(cfg)
+    oel.run(cfg)
+    one, other = (oel.Path(c.out) for c in (whole, cfg))
+    names = [
+        sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+        for out in (one, other)
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name in ("metrics.jsonl", "steps.jsonl"):
+            assert without_time(one / name) == without_time(other / name)
+        elif name != "config.json":
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    first, second = (one / f"round{r}/model/model.safetensors" for r in (1, 2))
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(whole, monkeypatch):
+    """The same command again plays nothing; other settings on the folder are refused, and change nothing."""
+    out = oel.Path(whole.out)
+    before = {
+        file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != "config.json"
+    }
+    monkeypatch.setattr(oel, "drive", None)
+    oel.run(whole)
+    for change in ({"lr": 0.5}, {"seed": 2}, {"env": "sokoban"}, {"thinking": False}):
+        with pytest.raises(oel.UsageError, match=next(iter(change))):
+            oel.run(dataclasses.replace(whole, **change))
+    assert all(file.read_bytes() == old for file, old in before.items())
+    assert json.loads((out / "config.json").read_text())["lr"] == whole.lr
+
+
+def test_rounds_and_levels_are_never_played_twice(whole):
+    """Logs that show levels of the extraction or of an earlier round: seeds that do not move on."""
+    ids = {}
+    for r in (1, 2):
+        for name in ("trajectories", "logs", "held_out"):
+            records = oel.read_jsonl(oel.Path(whole.out) / f"round{r}" / f"{name}.jsonl")
+            ids[r, name] = {re.search(r"level(\d+)", log["id"])[1] for log in records}
+    assert ids[1, "held_out"] == ids[2, "held_out"]
+    others = [ids[r, name] for r in (1, 2) for name in ("trajectories", "logs")] + [ids[1, "held_out"]]
+    assert sum(map(len, others)) == len(set().union(*others)), "a level is shared"
+
+
+def test_given_lessons_are_consolidated(folder, tmp_path, monkeypatch):
+    """--experience: nothing is extracted, and the teacher reads the file."""
+    (tmp_path / "lessons.txt").write_text("H loses.\n")
+    monkeypatch.setattr(oel, "extract", None)
+    told, real = [], prompts.with_experience
+    monkeypatch.setattr(prompts, "with_experience", lambda x, e: told.append(e.strip()) or real(x, e))
+    cfg = small(model=folder, out=str(tmp_path / "run"), experience=str(tmp_path / "lessons.txt"), steps=1)
+    metrics = oel.run(cfg)
+    assert [row["round"] for row in metrics] == [0, 1] and "H loses." in told
+    assert (tmp_path / "run/round1/model").exists()
+    assert not oel.read_jsonl(tmp_path / "run/round1/trajectories.jsonl")
+
+
+@pytest.mark.parametrize("thinking", ["--thinking", "--no-thinking"])
+def test_smoke_says_ok(folder, tmp_path, monkeypatch, capsys, thinking):
+    """What everyone types first, on a random model that has no lesson to write; it leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    oel.main(["--smoke", "--model", folder, thinking])
+    assert capsys.readouterr().out.splitlines()[-1] == "ok" and not list(tmp_path.iterdir())
