@@ -528,8 +528,7 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
         raise UsageError(f"--env {cfg.env}: there is no such game; there are {', '.join(GAMES)}")
     maker = getattr(GAMES[cfg.env], variant, None) if variant else GAMES[cfg.env]
     options = {"seed": seed} if variant == "renamed" else {}
-    if cfg.strict and cfg.thinking:  # one that does not think never writes the tag that strict parsing awaits
-        options["strict"] = True
+    options |= {"strict": True} if cfg.strict and cfg.thinking else {}  # no thought, no closing tag to await
     return maker and maker(**options)
 
 
@@ -732,11 +731,10 @@ def consolidate(
         raise UsageError(f"{len(logs)} logged episodes: too few for {cfg.steps} x {cfg.batch_episodes}")
     first = 1 + load_state(state, policy, optimizer)
     policy.model.train()  # checkpointing asks for it; these models have no dropout
-    named = (
-        "activation" if hasattr(policy.model, "activation_checkpointing_enable") else "gradient"
-    )  # it was renamed
+    renamed = hasattr(policy.model, "activation_checkpointing_enable")
+    named = "activation_checkpointing" if renamed else "gradient_checkpointing"
     if cfg.checkpointing:
-        getattr(policy.model, f"{named}_checkpointing_enable")({"use_reentrant": False})
+        getattr(policy.model, named + "_enable")({"use_reentrant": False})
     for step in range(first, cfg.steps + 1):
         began = time.perf_counter()
         # 1. logged prompts, each with one list drawn at random for the teacher
@@ -767,7 +765,7 @@ def consolidate(
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             save_state(state, step, policy, optimizer)
     if cfg.checkpointing:
-        getattr(policy.model, f"{named}_checkpointing_disable")()
+        getattr(policy.model, named + "_disable")()
     policy.model.eval()
 
 
@@ -789,8 +787,8 @@ def play_held_out(policy: Policy, cfg: Config, n: int, seed: int, variant="", ex
     games = [game for i in range(n) if (game := make_game(cfg, variant, i))]
     episodes = []
     for i, (game, level) in enumerate(zip(games, level_seeds("held_out", len(games)), strict=True)):
-        told = prompts.as_items(game.rules()) if variant == "renamed" else None
-        told = experiences[i % len(experiences)] if experiences else told
+        lists = [prompts.as_items(game.rules())] if variant == "renamed" else experiences or [None]
+        told = lists[i % len(lists)]
         episodes.append(episode(policy, game, level, f"{variant}level{level}", cfg.reply_limit, told))
     return drive(policy.model, episodes, **settings(policy, cfg, seed, True, variant or "held out"))
 
