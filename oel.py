@@ -193,7 +193,7 @@ class Policy:
             p.data.copy_(master)
 
 
-def find_device(wanted: str) -> torch.device:
+def find_device(wanted: str = "") -> torch.device:
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if wanted and wanted.split(":")[0] not in there:
         raise UsageError(f"--device {wanted} is not to be had here; there is {', '.join(there)}")

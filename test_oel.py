@@ -1988,3 +1988,21 @@ def test_smoke_says_ok(folder, tmp_path, monkeypatch, capsys, thinking):
     monkeypatch.chdir(tmp_path)
     oel.main(["--smoke", "--model", folder, thinking])
     assert capsys.readouterr().out.splitlines()[-1] == "ok" and not list(tmp_path.iterdir())
+
+
+# --- the embedded policy ------------------------------------------------------------------------------------
+def test_no_letter_means_anything_more_often_than_another_in_training():
+    """A policy that has been told what H and G are before OEL begins."""
+    sys.path.insert(0, str(oel.TINY))
+    try:
+        from teach import worlds
+    finally:
+        sys.path.pop(0)
+    stream, counts = worlds(random.Random(0)), {}
+    for _ in range(4000):
+        for letter, role in next(stream).roles.items():
+            counts.setdefault(role, dict.fromkeys(envs.LETTERS, 0))[letter] += 1
+    assert sorted(counts) == ["goal", "harmless", "hole"]
+    for of_role in counts.values():
+        mean = sum(of_role.values()) / len(of_role)
+        assert max(abs(n - mean) for n in of_role.values()) < 4.5 * mean**0.5, of_role

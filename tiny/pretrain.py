@@ -245,7 +245,7 @@ def new_optimizer(model) -> torch.optim.Optimizer:
 
 
 def compiled_or_not(function):
-    """torch.compile(function), or where that fails (no C compiler, say) the function itself, with a message."""
+    """torch.compile(function); where that fails (no C compiler, say) the function itself, with a message."""
     compiled, works = torch.compile(function, dynamic=False), True
 
     def call(*args):
@@ -275,7 +275,7 @@ def train(steps: int, run: Path, out: Path) -> None:
     optimizer = new_optimizer(model)
     at = {"step": 0, "chunk": 0, "index": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
     if state_path.exists():
-        state = torch.load(state_path, map_location=device)
+        state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         at = state["at"]

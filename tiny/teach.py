@@ -96,7 +96,7 @@ def far_from_goals(board: list[str], player: Cell, roles: dict[str, str]) -> lis
 
 
 def best_moves(board: list[str], player: Cell, roles: dict[str, str]) -> dict[str, Cell]:
-    """The moves that start a shortest path to a goal. Where there is none, one move that stays out of holes."""
+    """The moves that start a shortest path to a goal; where there is none, one that stays out of holes."""
     ways = neighbours(player, len(board))
     waves = far_from_goals(board, player, roles)
     if waves[-1]:
