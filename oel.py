@@ -95,6 +95,7 @@ class Config:
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
     lr: float = option(5e-6, "learning rate, constant")
     weight_decay: float = option(0.01, "of AdamW")
+    adam_eps: float = option(1e-8, "of AdamW: gradients far below it make small steps instead of full ones")
     clip: float = option(1.0, "largest norm of a step's gradient")
     kl_top_k: int = option(0, "sum the KL over the student's top tokens only (the authors: 256); 0: exact")
     micro_tokens: int = option(8192, "padded tokens of one forward and backward pass")
@@ -108,14 +109,15 @@ class Config:
 
 
 # The paper's settings by model (its appendix), and ours for the embedded policy. They hold for both games.
-ITEMS = {"form": "items", "previous": True, "experience_budget": 8192, "lr": 1e-6}
+ITEMS = {"form": "items", "previous": True, "experience_budget": 8192, "lr": 1e-6, "micro_tokens": 32768}
 PRESETS = {
     "Qwen3-1.7B": {},
     "Qwen3-4B": {**ITEMS, "episodes": 25},
     "Qwen3-8B": {**ITEMS, "episodes": 50, "steps": 100},
     "Qwen3-4B-Instruct-2507": {**ITEMS, "thinking": False, "episodes": 50, "steps": 100},
     "tiny": {"form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256, "lists": 5,
-             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 1e-3, "checkpointing": False},
+             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 1e-3, "adam_eps": 1e-4,
+             "checkpointing": False},
 }  # fmt: skip
 SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,
          "experience_budget": 32, "eval_games": 4, "probe_games": 4}  # fmt: skip
@@ -395,11 +397,8 @@ def drive(
     """
     n, results, coming = len(generators), [None] * len(generators), iter(range(len(generators)))
     waiting, live = [], []  # (generator, turn, request) next in line; the same and the reply so far, per row
-    budget, cache, head = (
-        cache_tokens(model),
-        Rows(model, 1, 0),
-        model.get_output_embeddings().weight[:vocab_size],
-    )
+    budget, cache = cache_tokens(model), Rows(model, 1, 0)
+    head = model.get_output_embeddings().weight[:vocab_size]
     unmasked = torch.zeros(1, 1, 1, 1, device=model.device)  # a 4D mask keeps transformers from making one
     bar = tqdm(total=n, desc=desc, leave=False, disable=desc is None, mininterval=0.5)
     sampled, began = 0, time.perf_counter()
@@ -726,7 +725,7 @@ def consolidate(
     no more than the student. `state` is a file to resume from. FloatingPointError if the loss is not finite.
     """
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
     if len(logs) < cfg.steps * cfg.batch_episodes:
         raise UsageError(f"{len(logs)} logged episodes: too few for {cfg.steps} x {cfg.batch_episodes}")
     first = 1 + load_state(state, policy, optimizer)
@@ -857,7 +856,7 @@ def recorded(path: Path, stage: Callable[..., list[dict]], *arguments, **more) -
 
 
 def save_model(path: Path, policy: Policy) -> None:
-    """A Hugging Face folder with the float32 master weights, complete or absent."""
+    """A Hugging Face folder, complete or absent: float32 weights, for others to load in the config's dtype."""
     names = [name for name, _ in policy.model.named_parameters()]
     with atomic(path) as part:
         policy.model.save_pretrained(part, state_dict=dict(zip(names, policy.master, strict=True)))
