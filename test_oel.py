@@ -1344,6 +1344,24 @@ def test_without_experience_there_is_nothing_to_learn(which, thinking, folder):
             assert record["loss"] > 1e-6 and record["grad_norm"] > 1e-6
 
 
+def test_a_gradient_of_noise_hardly_moves_the_embedded_policy(monkeypatch):
+    """Adam's first step is a full one for a gradient of any size: noise once wrecked a good policy."""
+
+    def noise(policy, *_):
+        for p in policy.master:
+            p.grad = torch.full_like(p, 1e-7)
+        return 0.0
+
+    monkeypatch.setattr(oel, "distill", noise)
+    moved = []
+    for eps in (oel.PRESETS["tiny"]["adam_eps"], 1e-8):
+        policy = oel.load_policy(str(oel.TINY), torch.device("cpu"))
+        before = [p.detach().clone() for p in policy.master]
+        consolidated(policy, small(steps=1, lr=1e-3, weight_decay=0.0, adam_eps=eps), None)
+        moved.append(max((p - b).abs().max().item() for p, b in zip(policy.master, before, strict=True)))
+    assert moved[0] < 2e-6 and moved[1] > 5e-4
+
+
 def test_an_empty_list_of_experiences_is_no_control(policy):
     """`[]` taken for None trains towards a teacher that knows nothing, without a word."""
     for nothing in ([], [" \n"]):
