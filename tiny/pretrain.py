@@ -323,32 +323,19 @@ def train(steps: int, run: Path, out: Path) -> None:
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 
 
-def ask(policy, messages: list[str], thinking: bool = True, seed: int = SEED) -> tuple[list[str], list[int]]:
-    """The replies to messages, and their lengths in tokens, from the very sampler that OEL uses."""
-    prompts = [chat_ids(policy.tokenizer, message, thinking) for message in messages]
-    stops = policy.stop_ids
-    replies = oel.sample(policy.model, prompts, max_new_tokens=256, stop_ids=stops, seed=seed, **SAMPLING)
-    return [policy.decode(reply.ids) for reply in replies], [len(reply.ids) for reply in replies]
+def ask(policy, messages: list[str]) -> list[str]:
+    """The replies to messages, from the very sampler that OEL uses."""
+    prompts, stops = [policy.encode(message) for message in messages], policy.stop_ids
+    replies = oel.sample(policy.model, prompts, max_new_tokens=256, stop_ids=stops, seed=SEED, **SAMPLING)
+    return [policy.decode(reply.ids) for reply in replies]
 
 
-def play(policy, games: list, lessons: list[list[str]] | None = None, thinking: bool = True) -> dict:
-    """Play held-out maps in lockstep, one per game. Returns pass rate, mean reply length, trajectories."""
-    seeds = level_seeds("held_out", len(games))
-    observations = [[game.reset(seed)] for game, seed in zip(games, seeds, strict=True)]
-    turns, lengths = [[] for _ in games], []
-    while running := [i for i, game in enumerate(games) if not game.done]:
-        prompts = [play_prompt(games[i].task, observations[i]) for i in running]
-        messages = prompts
-        if lessons:
-            messages = [with_experience(p, as_items(lessons[i])) for i, p in zip(running, prompts)]
-        replies, counts = ask(policy, messages, thinking, seed=len(observations[running[0]]))
-        lengths += counts
-        for i, prompt, reply in zip(running, prompts, replies, strict=True):
-            feedback, _ = games[i].step(reply)
-            observations[i].append(feedback)
-            turns[i].append({"prompt": prompt, "response": reply, "feedback": feedback})
-    pass_rate = sum(game.won for game in games) / len(games)
-    return {"pass": pass_rate, "tokens": sum(lengths) / len(lengths), "turns": turns}
+def play(policy, games: list, lessons: list[str] | None = None) -> list[dict]:
+    """The trajectories of held-out maps, one per game, with lessons in the prompt or without."""
+    told = as_items(lessons) if lessons else None
+    levels = level_seeds("held_out", len(games))
+    episodes = [oel.episode(policy, game, x, str(x), 256, told) for game, x in zip(games, levels)]
+    return oel.drive(policy.model, episodes, stop_ids=policy.stop_ids, seed=SEED, **SAMPLING)
 
 
 def optimal_first_moves(policy, games: list) -> float:
@@ -359,7 +346,7 @@ def optimal_first_moves(policy, games: list) -> float:
         for game, text in zip(games, observations, strict=True)
     ]
     right = 0
-    for game, reply in zip(games, ask(policy, messages)[0], strict=True):
+    for game, reply in zip(games, ask(policy, messages), strict=True):
         right += parse_action(reply) in best_moves(
             game.board(), game.player, {game.hole: "hole", game.goal: "goal"}
         )
@@ -368,10 +355,9 @@ def optimal_first_moves(policy, games: list) -> float:
 
 def true_lessons(policy, games: list) -> tuple[int, int, int]:
     """Its lessons on episodes that it played without experience: how many are true, lessons, episodes."""
-    played = play(policy, games)["turns"]
-    messages = [extraction_prompt({"turns": turns}, "", "items", reasoning=False) for turns in played]
+    messages = [extraction_prompt(played, reasoning=False) for played in play(policy, games)]
     true = total = 0
-    for game, reply in zip(games, ask(policy, messages)[0], strict=True):
+    for game, reply in zip(games, ask(policy, messages), strict=True):
         roles = {game.hole: "hole", game.goal: "goal"}
         for line in parse_lessons(reply).splitlines():
             lesson = line.removeprefix(MARKER).strip()
@@ -394,8 +380,11 @@ def report(folder: Path) -> None:
     ]:
         for what, lessons in [("no experience", None), ("true lessons", rules), ("false lessons", false)]:
             games = [make() for _ in range(n)]
-            result = play(policy, games, [lessons] * n if lessons else None, thinking)
-            print(f"{name}, {what}: {result['pass']:.1%} passed, {result['tokens']:.1f} tokens a reply")
+            policy.thinking = thinking
+            played = play(policy, games, lessons)
+            tokens, turns = (sum(t["outcome"][key] for t in played) for key in ("reply_tokens", "turns"))
+            print(f"{name}, {what}: {oel.pass_rate(played):.1%} passed, {tokens / turns:.1f} tokens a reply")
+    policy.thinking = True
     renamed = [FrozenLake.renamed(seed) for seed in range(n)]
     print(f"optimal first moves, other letters, true lessons: {optimal_first_moves(policy, renamed):.1%}")
     true, total, episodes = true_lessons(policy, renamed)
