@@ -116,7 +116,7 @@ PRESETS = {
     "Qwen3-8B": {**ITEMS, "episodes": 50, "steps": 100},
     "Qwen3-4B-Instruct-2507": {**ITEMS, "thinking": False, "episodes": 50, "steps": 100},
     "tiny": {"form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256, "lists": 5,
-             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 1e-3, "adam_eps": 1e-4,
+             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 3e-4, "adam_eps": 1e-4,
              "checkpointing": False},
 }  # fmt: skip
 SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,

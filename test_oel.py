@@ -2009,18 +2009,136 @@ def test_smoke_says_ok(folder, tmp_path, monkeypatch, capsys, thinking):
 
 
 # --- the embedded policy ------------------------------------------------------------------------------------
-def test_no_letter_means_anything_more_often_than_another_in_training():
-    """A policy that has been told what H and G are before OEL begins."""
+@pytest.fixture(scope="module")
+def teach():
+    """The module that says what the embedded policy is taught."""
     sys.path.insert(0, str(oel.TINY))
     try:
-        from teach import worlds
+        import teach
     finally:
         sys.path.pop(0)
-    stream, counts = worlds(random.Random(0)), {}
-    for _ in range(4000):
-        for letter, role in next(stream).roles.items():
-            counts.setdefault(role, dict.fromkeys(envs.LETTERS, 0))[letter] += 1
-    assert sorted(counts) == ["goal", "harmless", "hole"]
-    for of_role in counts.values():
-        mean = sum(of_role.values()) / len(of_role)
-        assert max(abs(n - mean) for n in of_role.values()) < 4.5 * mean**0.5, of_role
+    return teach
+
+
+def uniform(counts: dict[str, int]) -> bool:
+    mean = sum(counts.values()) / len(counts)
+    return max(abs(n - mean) for n in counts.values()) < 4.5 * mean**0.5
+
+
+def test_no_letter_is_anything_more_often_than_another_in_training(teach):
+    """A policy that has been told what H, G, X or O are before OEL begins."""
+    rng, counts = random.Random(0), {}
+    for _ in range(12000):
+        size, roles, symbols = teach.deal(rng)
+        assert roles.keys() == {*symbols}
+        for letter, role in roles.items():
+            counts.setdefault((size == 6, role), dict.fromkeys(envs.LETTERS, 0))[letter] += 1
+    assert len(counts) == 8  # hole, goal and harmless everywhere, box and target in rooms
+    assert all(map(uniform, counts.values())), counts
+
+
+def test_no_letter_is_said_to_be_anything_more_often_than_another_in_training(teach):
+    """Worlds that are even, and lessons or guesses about them that are not: an example may say what H is."""
+    counts = {role: dict.fromkeys(envs.LETTERS, 0) for role in teach.SENTENCES}
+    for example in itertools.islice(teach.examples(random.Random(1)), 2500):
+        said = set()
+        for line in (example.message + "\n" + example.reply).splitlines():
+            if claim := teach.lesson_role(line.removeprefix(prompts.MARKER).strip()):
+                said.add(claim)
+            if found := re.search(r"([A-Z]) is (?:a |the )?(hole|goal|harmless|box|target)$", line):
+                said.add((found[1], found[2]))
+        for letter, role in said:
+            counts[role][letter] += 1
+    assert min(min(of_role.values()) for of_role in counts.values()) > 20
+    assert all(map(uniform, counts.values())), counts
+
+
+@pytest.mark.parametrize("name, maker", [("frozenlake", envs.FrozenLake), ("sokoban", envs.Sokoban)])
+def test_the_player_that_is_imitated_wins_if_it_knows_the_letters(teach, name, maker):
+    """A planner with a bug teaches the bug, and caps what any lesson can bring."""
+    for level in envs.level_seeds("held_out", 25):
+        game, rng = maker(), random.Random(level)
+        game.reset(level)
+        roles = {getattr(game, thing): thing for thing, _ in game.things}
+        while not game.done:
+            game.step(teach.play_reply(rng, game.board(), roles, thinking=level % 2 == 0))
+        assert game.won, (name, level)
+
+
+def test_a_room_speaks_as_the_games_do(teach):
+    """Worlds whose sentences are not the deployed game's: what was learned of them would not carry over."""
+    for level in envs.level_seeds("extraction", 20):
+        game = envs.Sokoban()
+        game.reset(level)
+        room = teach.Room.from_board(game.board(), roles={"X": "box", "O": "target"})
+        assert room.observation() == game.observation()
+        rng, done = random.Random(level), False
+        while not done:
+            move = f"[{rng.choice(list(envs.MOVES))}]"
+            said, done = game.step(move)
+            assert room.step(move) == (said, done) and room.won == game.won
+    for letter, role in (("H", "hole"), ("G", "goal")):
+        lake = envs.FrozenLake.from_board(["P" + letter, "  "], size=2, num_holes=0)
+        room = teach.Room.from_board(["####", f"#P{letter}#", "####"], roles={letter: role})
+        (on_ice, _), (inside, _) = lake.step("[right]"), room.step("[right]")
+        assert on_ice.splitlines()[-1] == inside.splitlines()[-1] and lake.won == room.won
+
+
+def test_what_the_policy_is_taught_to_write_is_true(teach):
+    """Reasoning that misreads the board, and lessons that the log does not bear out."""
+    rng, kinds = random.Random(2), {}
+    for _ in range(300):
+        world = teach.lay(rng, *teach.deal(rng))
+        turns = teach.episode(rng, world)
+        for thinking in (True, False):
+            reply = teach.extraction_reply(rng, world.roles, turns, thinking)
+            for lesson in prompts.parse_lessons(reply).splitlines():
+                claim = teach.lesson_role(lesson.removeprefix(prompts.MARKER).strip())
+                assert claim is None or world.roles[claim[0]] == claim[1]
+                kinds[claim and claim[1]] = True
+            board = turns[-1]["board"]
+            reply = teach.play_reply(rng, board, world.roles, thinking)
+            for r, c, letter, role in re.findall(r"\((\d),(\d)\) ([A-Z]) is (?:a |the )?(\w+)\n", reply):
+                assert board[int(r)][int(c)] == letter and world.roles[letter] == role
+            for letter in teach.on_board(board):
+                assert f" {letter} is" in reply
+            assert envs.parse_action(reply, strict=thinking)
+    assert kinds.keys() == {None, *teach.SENTENCES}
+
+
+def test_lessons_are_recognised(teach):
+    """The truth of the policy's own lessons is measured with this."""
+    rng = random.Random(3)
+    for role, letter in itertools.product(teach.SENTENCES, "AHX"):
+        for _ in range(20):
+            assert teach.lesson_role(teach.say(rng, letter, role)) == (letter, role)
+    for game in (envs.FrozenLake(), envs.Sokoban()):
+        for (thing, letter), rule in zip(game.things, game.rules(), strict=False):
+            assert teach.lesson_role(rule) == (letter, thing)
+    for no in (
+        "H is a hole. H is the goal.",
+        "H is a hole. G is a hole.",
+        "Go up.",
+        "H is a hole. Go up.",
+        "",
+    ):
+        assert teach.lesson_role(no) is None
+    held_out = {s for sentences in teach.HELD_OUT_SENTENCES.values() for s in sentences}
+    assert not held_out & {s for sentences in teach.SENTENCES.values() for s in sentences}
+
+
+@pytest.mark.parametrize("thinking", ["--thinking", "--no-thinking"])
+@pytest.mark.parametrize("name", ["frozenlake", "sokoban"])
+def test_the_embedded_policy_plays_by_what_it_reads(name, thinking):
+    """Weights, tokenizer, template and prompts that do not belong together: one changed, the others not."""
+    cfg = oel.parse_args(["--env", name, thinking])
+    policy = oel.load_policy(cfg.model, torch.device("cpu"), cfg.thinking)
+    told = [prompts.as_items(oel.make_game(cfg).rules())]
+    rates = [oel.pass_rate(oel.play_held_out(policy, cfg, 16, 1, experiences=e)) for e in (None, told)]
+    assert rates[0] <= 0.5 and rates[1] >= 0.8
+
+
+def test_the_embedded_policy_is_small():
+    model = transformers.AutoModelForCausalLM.from_pretrained(oel.TINY)
+    assert sum(p.numel() for p in model.parameters()) <= 5_000_000
+    assert sum(file.stat().st_size for file in oel.TINY.glob("*") if file.is_file()) <= 12_000_000

@@ -1,9 +1,9 @@
 """Make the embedded default policy from nothing: `python tiny/pretrain.py`.
 
 OEL turns what a policy can do (play from what it reads, guess where nothing tells it, write down what it
-saw) into knowledge. This script gives a 3M-parameter transformer exactly those abilities, and none of the
-knowledge: teach.py makes the examples, in worlds whose letters mean something else every time. It is never
-taught what any letter means in the deployed games, and never shown Sokoban.
+saw) into knowledge. This script gives a 3.7M-parameter transformer exactly those abilities, and none of the
+knowledge: teach.py makes the examples, in worlds whose letters mean something else every time, and what any
+letter means in the deployed games is never taught.
 
 The loss is on all tokens, the prompt's at weight 0.2: boards and lessons that repeat within a prompt teach
 the copying and looking up that the reasoning then needs. About an hour on two CPU cores; a GPU is used if
@@ -17,6 +17,7 @@ import argparse
 import collections
 import concurrent.futures
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,44 +32,64 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: kinder to whatever else is running
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from teach import ACT, EDGE, WALK, Example, best_moves, examples, lesson_role
+import teach
 
 import oel
-from envs import FrozenLake, level_seeds, parse_action
-from prompts import MARKER, as_items, chat_ids, extraction_prompt, parse_lessons, play_prompt, with_experience
+import prompts
+from envs import FrozenLake, GridGame, Sokoban, level_seeds, parse_action
 
 SEED = 0
-STEPS = 3600
-WARMUP = 200
+STEPS = 4000
+WARMUP = 100
 LEARNING_RATE = 2e-3
 PROMPT_WEIGHT = 0.2  # weight of a prompt token in the loss; a reply token has weight 1
 BATCH_TOKENS = 6400
-LENGTHS = (112, 160, 256, 512)  # an example is padded to one of these: torch.compile sees four shapes
+LENGTHS = (144, 208, 272, 352, 480)  # an example is padded to one of these: torch.compile sees five shapes
 CHUNK = 4096  # examples generated at a time
-VOCABULARY = 1000
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------
-# Text is split before byte pairs merge, so that each cell of a board and each single capital letter is a
-# token of its own wherever it stands, and so is each coordinate and each action that ends a line. The rest
-# runs on to the end of the line, so that whole sentences of the prompts can become one token.
-ALONE = [
-    r"\+(?:-----\+)+\n?",  # a board's rule
-    r" (?=  \|)",  # an empty cell; one is `|     |`, a letter's is `|  H  |`
-    r" {0,2}\|(?:  (?=.  \|)| (?=P/)|\n)?",  # what stands between two cells
+# Text is cut into pieces, and every piece that occurs often in the examples is a token; any other piece is
+# spelled in bytes. The cells of a board are pieces at fixed distances, and a letter is the same piece on a
+# board, in a lesson and in the reasoning. The sentences that games and prompts repeat are one piece each;
+# everything else, lessons above all, is cut into words.
+REPEATED = [
+    *GridGame.task.splitlines(keepends=True), prompts.EXTRACT, prompts.PREVIOUS,
+    *prompts.FORMS["items"].splitlines(keepends=True),
+    "What you learned in earlier episodes:\n", "The log:", "Now write the lessons.", ".\nBoard:\n", "Board:\n",
+    "You moved ", " and pushed a box to ", "The turn limit was reached. The episode failed.",
+    "You fell into a hole. The episode failed.", "You reached the goal. The episode succeeded.",
+    "Every box is on a target. The episode succeeded.", "That move is not valid: ",
+    "That was the second invalid move in a row. The episode failed.",
+    *teach.EDGE, *teach.WALL, *teach.WALK, *teach.ACT, *teach.IS.values(), *teach.ALSO.values(),
+    *(part for part in teach.HEDGE.replace(" {x}", "{x}").split("{x}") if part),
+]  # fmt: skip
+PIECES = [
+    *map(re.escape, sorted(REPEATED, key=len, reverse=True)),
+    r"\+(?:-----\+)+\n?",  # the rule of a lake's board
+    r"  (?=  \|)",  # an empty cell of it; one is `|     |`, a letter's is `|  H  |`
+    r" {0,2}\|(?: (?=..  \|)|\n)?",  # what stands between two of its cells
+    r"#(?: #){5}\n?",  # the outer wall of a room
+    r" ?[#_√]\n?",  # a cell of a room
     r"\([0-9],[0-9]\)",
-    r"\[[a-z]+\](?=\n|\z)",
-    r"- EXPERIENCE ITEM: ?",
-    r"(?<![A-Za-z])[A-Z](?![A-Za-z])",
+    r" (?:[0-9]|to|from|up|down|left|right) (?=\()",
+    r"(?:Far|Box):",
+    r"(?:Next|Push|Reply [0-9]): (?=[(\[])",
+    r"\[[a-z]+\]",
+    r"- EXPERIENCE ITEM:",
+    r" ?(?<![A-Za-z])[A-Z](?![A-Za-z])",
     r"\n+",
+    r" ?[A-Za-z]+\n?",
+    r" ?[0-9]+",
+    r" ?[^\sA-Za-z0-9]",
+    r"\s",
 ]
-SPLIT = "|".join([*ALONE, f"(?:(?!{'|'.join(ALONE)}).)+\n?"])
 TEMPLATE = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + "
     "'<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
@@ -78,23 +99,23 @@ TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on the examples' own text, with Qwen3's markers."""
-    tokenizer = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), byte_level]
+    """A tokenizer of the pieces that the examples are made of, over bytes, with Qwen3's markers."""
+    pieces = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("|".join(PIECES)), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    stream = examples(random.Random(SEED))
-    texts = [t for _ in range(10_000) for e in [next(stream)] for t in (e.message, e.reply)]
-    texts = [part for text in texts for part in re.split("</?think>", text)]
-    texts += ["user\n", "assistant\n", "system\n"] * len(texts)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 5,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    stream, counts = teach.examples(random.Random(SEED)), collections.Counter()
+    for example in itertools.islice(stream, 10_000):
+        for text in (example.message, *re.split("</?think>", example.reply)):
+            counts.update(piece for piece, _ in pieces.pre_tokenize_str(text))
+    often = [piece for piece, count in counts.most_common() if count >= 20]
+    often += [f"{role}Ċ" for role in ("user", "assistant", "system")]  # Ċ is a line break in bytes
+    vocabulary = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *often])
+    vocabulary = {piece: i for i, piece in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pieces, decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
@@ -108,7 +129,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 # --- batches ----------------------------------------------------------------------------------------------
-def encode(tokenizer, batch: list[Example]) -> list[tuple[list[int], list[int]]]:
+def encode(tokenizer, batch: list[teach.Example]) -> list[tuple[list[int], list[int]]]:
     """The (prompt_ids, reply_ids) of each example: chat_ids in bulk; the end of the reply is trained on."""
     frames = {}
     for thinking in (True, False):
@@ -116,11 +137,11 @@ def encode(tokenizer, batch: list[Example]) -> list[tuple[list[int], list[int]]]
         frames[thinking] = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
-    prompts = [frames[e.thinking].replace("MESSAGE", e.message) for e in batch]
+    messages = [frames[e.thinking].replace("MESSAGE", e.message) for e in batch]
     replies = [e.reply + tokenizer.eos_token for e in batch]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    prompt_ids = tokenizer(messages, add_special_tokens=False)["input_ids"]
     reply_ids = tokenizer(replies, add_special_tokens=False)["input_ids"]
-    assert prompt_ids[0] == chat_ids(tokenizer, batch[0].message, batch[0].thinking)
+    assert prompt_ids[0] == prompts.chat_ids(tokenizer, batch[0].message, batch[0].thinking)
     return list(zip(prompt_ids, reply_ids, strict=True))
 
 
@@ -131,7 +152,7 @@ def batches(tokenizer, chunk: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     shortest length that holds it; what does not fill a batch, and the few longer than all, are left out.
     """
     rng = random.Random(f"{SEED}, chunk {chunk}")
-    stream = examples(rng)
+    stream = teach.examples(rng)
     waiting, made = {length: [] for length in LENGTHS}, []
     for prompt, reply in encode(tokenizer, [next(stream) for _ in range(CHUNK)]):
         length = next((n for n in LENGTHS if len(prompt) + len(reply) <= n), None)
@@ -175,11 +196,11 @@ def new_model(tokenizer) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=32,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -237,11 +258,13 @@ def export(model, tokenizer, folder: Path, scratch: Path) -> None:
     scratch.rmdir()
 
 
-def new_optimizer(model) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": scales, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+def new_optimizers(model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and scales, at rates that are alike."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in inner}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(inner, LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, LEARNING_RATE, (0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def compiled_or_not(function):
@@ -272,33 +295,36 @@ def train(steps: int, run: Path, out: Path) -> None:
         os.replace(run / "tokenizer.tmp", tokenizer_path)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     model = new_model(tokenizer).to(device)
-    optimizer = new_optimizer(model)
+    optimizers = new_optimizers(model)
     at = {"step": 0, "chunk": 0, "index": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         at = state["at"]
         print(f"continuing after step {at['step']}", flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(tokenizer)} tokens, {device}, {steps} steps", flush=True)
 
     def keep():
-        save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "at": at}, state_path)
+        moments = [optimizer.state_dict() for optimizer in optimizers]
+        save({"model": model.state_dict(), "optimizers": moments, "at": at}, state_path)
         export(model, tokenizer, out, run / "export")
 
     loss_function, recent, mark = compiled_or_not(loss_of), [], (time.time(), at["tokens"])
     todo = range(at["step"], steps)
     for step, (chunk, index, ids, weights) in zip(todo, prefetched(tokenizer, at["chunk"], at["index"])):
         began = time.time()
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = learning_rate(step, steps)
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = loss_function(model, ids.to(device), weights.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         recent.append(loss.item())
         at["step"], at["chunk"], at["index"] = step + 1, chunk, index + 1
         at["examples"] += len(ids)
@@ -330,11 +356,13 @@ def ask(policy, messages: list[str]) -> list[str]:
     return [policy.decode(reply.ids) for reply in replies]
 
 
-def play(policy, games: list, lessons: list[str] | None = None) -> list[dict]:
-    """The trajectories of held-out maps, one per game, with lessons in the prompt or without."""
-    told = as_items(lessons) if lessons else None
-    levels = level_seeds("held_out", len(games))
-    episodes = [oel.episode(policy, game, x, str(x), 256, told) for game, x in zip(games, levels)]
+def play(policy, games: list, told: list[str] | None = None) -> list[dict]:
+    """The trajectories of held-out maps, one per game, with an experience for each in the prompt or none."""
+    levels, told = level_seeds("held_out", len(games)), told or [None] * len(games)
+    episodes = [
+        oel.episode(policy, game, level, str(level), 256, experience)
+        for game, level, experience in zip(games, levels, told, strict=True)
+    ]
     return oel.drive(policy.model, episodes, stop_ids=policy.stop_ids, seed=SEED, **SAMPLING)
 
 
@@ -342,53 +370,83 @@ def optimal_first_moves(policy, games: list) -> float:
     """With true lessons about letters of other worlds: how often the first move starts a shortest path."""
     observations = [game.reset(seed) for game, seed in zip(games, level_seeds("held_out", len(games)))]
     messages = [
-        with_experience(play_prompt(game.task, [text]), as_items(game.rules()))
+        prompts.with_experience(prompts.play_prompt(game.task, [text]), prompts.as_items(game.rules()))
         for game, text in zip(games, observations, strict=True)
     ]
     right = 0
     for game, reply in zip(games, ask(policy, messages), strict=True):
-        right += parse_action(reply) in best_moves(
-            game.board(), game.player, {game.hole: "hole", game.goal: "goal"}
-        )
+        roles = {getattr(game, thing): thing for thing, _ in game.things}
+        right += parse_action(reply) in teach.best_moves(game.board(), roles)
     return right / len(games)
 
 
-def true_lessons(policy, games: list) -> tuple[int, int, int]:
-    """Its lessons on episodes that it played without experience: how many are true, lessons, episodes."""
-    messages = [extraction_prompt(played, reasoning=False) for played in play(policy, games)]
+def true_lessons(policy, games: list) -> tuple[int, int]:
+    """Its lessons on episodes that it played without experience: how many are true, and how many in all."""
+    messages = [prompts.extraction_prompt(played, reasoning=False) for played in play(policy, games)]
     true = total = 0
     for game, reply in zip(games, ask(policy, messages), strict=True):
-        roles = {game.hole: "hole", game.goal: "goal"}
-        for line in parse_lessons(reply).splitlines():
-            lesson = line.removeprefix(MARKER).strip()
-            claim = lesson_role(lesson)
+        roles = {getattr(game, thing): thing for thing, _ in game.things}
+        for line in prompts.parse_lessons(reply).splitlines():
+            lesson = line.removeprefix(prompts.MARKER).strip()
+            claim = teach.lesson_role(lesson)
             total += 1
-            true += roles.get(claim[0]) == claim[1] if claim else lesson in [*EDGE, *WALK, *ACT]
-    return true, total, len(games)
+            true += (
+                roles.get(claim[0]) == claim[1]
+                if claim
+                else lesson in [*teach.EDGE, *teach.WALL, *teach.WALK, *teach.ACT]
+            )
+    return true, total
+
+
+def logs(policy, make, n: int) -> list[str]:
+    """Raw experience: an episode of its own on another map, in full, for each of n games."""
+    levels = level_seeds("extraction", n)
+    episodes = [oel.episode(policy, make(), level, str(level), 256) for level in levels]
+    played = oel.drive(policy.model, episodes, stop_ids=policy.stop_ids, seed=SEED, **SAMPLING)
+    return [prompts.transcript(trajectory, reasoning=False) for trajectory in played]
 
 
 def report(folder: Path) -> None:
-    """The five figures, and a few more. FrozenLake, 128 held-out maps each, sampled as SAMPLING says."""
+    """What the policy can do with what it is told: 128 held-out maps a figure, sampled as SAMPLING says."""
     policy, n = oel.load_policy(str(folder), oel.find_device()), 128
-    rules, false = FrozenLake().rules(), FrozenLake(hole="G", goal="H").rules()
-    print(f"FrozenLake, {n} held-out maps a figure, {SAMPLING}")
-    for name, make, thinking in [
-        ("3x3, thinking", FrozenLake, True),
-        ("4x4, thinking", FrozenLake.unseen, True),
-        ("3x3, no thinking", FrozenLake, False),
-        ("4x4, no thinking", FrozenLake.unseen, False),
+    print(f"{n} held-out maps a figure, {SAMPLING}")
+    print(
+        "| pass rate, tokens a reply | no experience | true lessons | false lessons | raw log | new wordings |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name, make, false in [
+        ("FrozenLake 3x3", FrozenLake, FrozenLake(hole="G", goal="H")),
+        ("FrozenLake 4x4", FrozenLake.unseen, FrozenLake(hole="G", goal="H")),
+        ("Sokoban", Sokoban, Sokoban(box="O", target="X")),
     ]:
-        for what, lessons in [("no experience", None), ("true lessons", rules), ("false lessons", false)]:
-            games = [make() for _ in range(n)]
-            policy.thinking = thinking
-            played = play(policy, games, lessons)
-            tokens, turns = (sum(t["outcome"][key] for t in played) for key in ("reply_tokens", "turns"))
-            print(f"{name}, {what}: {oel.pass_rate(played):.1%} passed, {tokens / turns:.1f} tokens a reply")
-    policy.thinking = True
-    renamed = [FrozenLake.renamed(seed) for seed in range(n)]
-    print(f"optimal first moves, other letters, true lessons: {optimal_first_moves(policy, renamed):.1%}")
-    true, total, episodes = true_lessons(policy, renamed)
-    print(f"own lessons that are true: {true} of {total} ({true / max(1, total):.1%}), {episodes} episodes")
+        letters = {thing: getattr(make(), thing) for thing, _ in make().things}
+        new = [
+            [teach.HELD_OUT_SENTENCES[thing][i].format(x=x) for thing, x in letters.items()] for i in range(3)
+        ]
+        for policy.thinking in (True, False):
+            cells = []
+            for told in [
+                None,
+                [prompts.as_items(make().rules())] * n,
+                [prompts.as_items(false.rules())] * n,
+                logs(policy, make, n),
+                [prompts.as_items(new[i % 3]) for i in range(n)],
+            ]:
+                played = play(policy, [make() for _ in range(n)], told)
+                tokens, turns = (sum(t["outcome"][key] for t in played) for key in ("reply_tokens", "turns"))
+                cells.append(f"{oel.pass_rate(played):.1%}, {tokens / turns:.1f}")
+            thinking = "thinking" if policy.thinking else "no thinking"
+            print(f"| {name}, {thinking} | {' | '.join(cells)} |", flush=True)
+    print("| other letters | optimal first moves with true lessons | own lessons that are true |")
+    print("|---|---|---|")
+    for game in (FrozenLake, Sokoban):
+        for policy.thinking in (True, False):
+            renamed = [game.renamed(seed) for seed in range(n)]
+            moves, (true, total) = optimal_first_moves(policy, renamed), true_lessons(policy, renamed)
+            thinking = "thinking" if policy.thinking else "no thinking"
+            print(
+                f"| {game.__name__}, {thinking} | {moves:.1%} | {true / max(1, total):.1%} ({true} of {total}) |"
+            )
 
 
 def main() -> None:

@@ -1,0 +1,127 @@
+"""Several seeds of one setting as a table and a figure.
+
+    python extras/curves.py runs/tiny-frozenlake-{1,2,3,4,5} --svg assets/frozenlake.svg
+
+prints mean and spread (standard deviation over the runs) of each round as Markdown, with every seed's pass rate,
+and draws the learning curve. `--forgetting 512` plays the forgetting probe again, with so many games, before and
+after each run. The figure needs matplotlib; the table needs nothing.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+COLUMNS = {  # name in metrics.jsonl -> heading
+    "pass_rate": "pass rate",
+    "reply_tokens": "reply tokens",
+    "in_context_pass_rate": "in context",
+    "unseen_pass_rate": "4x4, never trained on",
+    "forgetting_pass_rate": "forgetting probe",
+}
+
+
+def read_run(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl that end a round. SystemExit if the run is missing or not finished."""
+    try:
+        cfg = json.loads((folder / "config.json").read_text())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        sys.exit(f"curves.py: {folder} is not the folder of a run: {error}")
+    ends = [row for row in rows if row["step"] in (0, cfg["steps"])]
+    if len(ends) != cfg["rounds"] + 1:
+        sys.exit(f"curves.py: {folder} has {len(ends) - 1} of {cfg['rounds']} rounds: let it finish first")
+    return ends
+
+
+def shown(key: str, values: list) -> str:
+    """Mean and spread of a column, as percentages or as a number; a dash where nothing was measured."""
+    if None in values:
+        return "-"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    mean = statistics.mean(values)
+    return f"{mean:.1f} ({spread:.1f})" if key == "reply_tokens" else f"{mean:.1%} ({spread:.1%})"
+
+
+def table(runs: list[list[dict]]) -> str:
+    used = [key for key in COLUMNS if any(row[key] is not None for run in runs for row in run)]
+    lines = ["| round | " + " | ".join(COLUMNS[key] for key in used) + " | pass rate of each seed |"]
+    lines.append("|---" * (len(used) + 2) + "|")
+    for rows in zip(*runs, strict=True):
+        cells = [shown(key, [row[key] for row in rows]) for key in used]
+        each = ", ".join(f"{row['pass_rate']:.1%}" for row in rows)
+        lines.append(f"| {rows[0]['round']} | {' | '.join(cells)} | {each} |")
+    return "\n".join(lines)
+
+
+def forgetting(folders: list[Path], n: int) -> str:
+    """The forgetting probe of `n` games, played by each run's first and last policy."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import oel
+
+    def probe(source: str) -> float:
+        policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
+        return oel.pass_rate(oel.play_held_out(policy, cfg, n, oel.derive_seed(cfg.seed, 0), "renamed"))
+
+    before, after = [], []
+    for folder in folders:
+        cfg = oel.Config(**json.loads((folder / "config.json").read_text()))
+        before.append(probe(cfg.model))
+        after.append(probe(str(folder / f"round{cfg.rounds}/model")))
+    pairs = ", ".join(f"{b:.1%} to {a:.1%}" for b, a in zip(before, after, strict=True))
+    lost = statistics.mean(before) - statistics.mean(after)
+    return f"Forgetting probe, {n} games a run, first to last policy: {pairs}; {100 * lost:.1f} points lost."
+
+
+def draw(runs: list[list[dict]], path: Path) -> None:
+    """Pass rates (left) and reply length (right) over rounds: a thin line a seed, a thick one the mean."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("curves.py: the figure needs matplotlib: pip install matplotlib")
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.hashsalt": "oel", "font.size": 9, "axes.spines.top": False})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    rounds = [row["round"] for row in runs[0]]
+    series = [
+        (left, "pass_rate", "C0"),
+        (left, "in_context_pass_rate", "C1"),
+        (left, "unseen_pass_rate", "C2"),
+    ]
+    for axes, key, color in [*series, (right, "reply_tokens", "C0")]:
+        if any(row[key] is None for run in runs for row in run[1:]):
+            continue
+        known = [r for r, row in zip(rounds, runs[0], strict=True) if row[key] is not None]
+        lines = [[row[key] for row in run if row[key] is not None] for run in runs]
+        for line in lines:
+            axes.plot(known, line, color=color, linewidth=0.6, alpha=0.5)
+        mean = [statistics.mean(values) for values in zip(*lines, strict=True)]
+        axes.plot(known, mean, color=color, linewidth=2, marker="o", markersize=4, label=COLUMNS[key])
+    left.set(xlabel="round", ylabel="episodes won", ylim=(-0.03, 1.03), xticks=rounds)
+    left.legend(frameon=False, loc="lower right")
+    right.set(xlabel="round", ylabel="tokens a reply", xticks=rounds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that differ in the seed alone")
+    parser.add_argument("--svg", type=Path, help="draw the learning curve into this file")
+    parser.add_argument("--forgetting", type=int, metavar="N", help="play the forgetting probe with N games")
+    args = parser.parse_args()
+    runs = [read_run(folder) for folder in args.runs]
+    if len({len(run) for run in runs}) > 1:
+        sys.exit("curves.py: the runs have different numbers of rounds")
+    print(table(runs))
+    if args.forgetting:
+        print("\n" + forgetting(args.runs, args.forgetting))
+    if args.svg:
+        draw(runs, args.svg)
+
+
+if __name__ == "__main__":
+    main()
