@@ -17,7 +17,7 @@ COLUMNS = {  # name in metrics.jsonl -> heading
     "pass_rate": "pass rate",
     "reply_tokens": "reply tokens",
     "in_context_pass_rate": "in context",
-    "unseen_pass_rate": "4x4, never trained on",
+    "unseen_pass_rate": "4x4 boards",
     "forgetting_pass_rate": "forgetting probe",
 }
 
@@ -56,22 +56,23 @@ def table(runs: list[list[dict]]) -> str:
 
 
 def forgetting(folders: list[Path], n: int) -> str:
-    """The forgetting probe of `n` games, played by each run's first and last policy."""
+    """The forgetting probe of `n` games: of the policy that the runs began with, and of each run's last one."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import oel
 
-    def probe(source: str) -> float:
+    configs = [oel.Config(**json.loads((folder / "config.json").read_text())) for folder in folders]
+    if len({cfg.model for cfg in configs}) > 1:
+        sys.exit("curves.py: these runs began with different policies")
+
+    def probe(source: str, cfg: oel.Config) -> float:
         policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
         return oel.pass_rate(oel.play_held_out(policy, cfg, n, oel.derive_seed(cfg.seed, 0), "renamed"))
 
-    before, after = [], []
-    for folder in folders:
-        cfg = oel.Config(**json.loads((folder / "config.json").read_text()))
-        before.append(probe(cfg.model))
-        after.append(probe(str(folder / f"round{cfg.rounds}/model")))
-    pairs = ", ".join(f"{b:.1%} to {a:.1%}" for b, a in zip(before, after, strict=True))
-    lost = statistics.mean(before) - statistics.mean(after)
-    return f"Forgetting probe, {n} games a run, first to last policy: {pairs}; {100 * lost:.1f} points lost."
+    before = probe(configs[0].model, configs[0])
+    after = [probe(str(f / f"round{cfg.rounds}/model"), cfg) for f, cfg in zip(folders, configs, strict=True)]
+    shown = ", ".join(f"{rate:.1%}" for rate in after)
+    lost = 100 * (before - statistics.mean(after))
+    return f"Forgetting probe, {n} games each: {before:.1%} before; {shown} after: {lost:.1f} points lost."
 
 
 def draw(runs: list[list[dict]], path: Path) -> None:
