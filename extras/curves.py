@@ -88,19 +88,19 @@ def draw(runs: list[list[dict]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     rounds = [row["round"] for row in runs[0]]
     series = [
-        (left, "pass_rate", "C0"),
-        (left, "in_context_pass_rate", "C1"),
-        (left, "unseen_pass_rate", "C2"),
+        (left, "pass_rate", "C0-"),
+        (left, "in_context_pass_rate", "C1--"),
+        (left, "unseen_pass_rate", "C2:"),
     ]
-    for axes, key, color in [*series, (right, "reply_tokens", "C0")]:
+    for axes, key, style in [*series, (right, "reply_tokens", "C0-")]:
         if any(row[key] is None for run in runs for row in run[1:]):
             continue
         known = [r for r, row in zip(rounds, runs[0], strict=True) if row[key] is not None]
         lines = [[row[key] for row in run if row[key] is not None] for run in runs]
         for line in lines:
-            axes.plot(known, line, color=color, linewidth=0.6, alpha=0.5)
+            axes.plot(known, line, style, linewidth=0.6, alpha=0.5)
         mean = [statistics.mean(values) for values in zip(*lines, strict=True)]
-        axes.plot(known, mean, color=color, linewidth=2, marker="o", markersize=4, label=COLUMNS[key])
+        axes.plot(known, mean, style, linewidth=2, marker="o", markersize=4, label=COLUMNS[key])
     left.set(xlabel="round", ylabel="episodes won", ylim=(-0.03, 1.03), xticks=rounds)
     left.legend(frameon=False, loc="lower right")
     right.set(xlabel="round", ylabel="tokens a reply", xticks=rounds)
