@@ -2138,6 +2138,27 @@ def test_the_embedded_policy_plays_by_what_it_reads(name, thinking):
     assert rates[0] <= 0.5 and rates[1] >= 0.8
 
 
+def test_the_table_over_seeds_is_their_mean_and_spread(tmp_path):
+    """extras/curves.py: rows within a round counted as its end, or a run that is not finished among the others."""
+    curves = os.path.join(os.path.dirname(oel.__file__), "extras", "curves.py")
+    rates = {"a": (0.0, 0.5), "b": (0.2, 1.0), "c": (0.4,)}
+    for name, values in rates.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"steps": 4, "rounds": 1}')
+        rows = [{"round": r, "step": 4 * r, "pass_rate": value} for r, value in enumerate(values)]
+        rows.insert(1, {"round": 1, "step": 2, "pass_rate": 0.9})
+        none = dict.fromkeys(("in_context_pass_rate", "unseen_pass_rate", "forgetting_pass_rate"))
+        oel.write_jsonl(
+            tmp_path / name / "metrics.jsonl", [{**none, **row, "reply_tokens": 9.0} for row in rows]
+        )
+    command = [sys.executable, curves, *(str(tmp_path / name) for name in rates)]
+    done = subprocess.run(command[:4], capture_output=True, text=True, check=True)
+    assert "| 0 | 10.0% (14.1%) | 9.0 (0.0) | 0.0%, 20.0% |" in done.stdout
+    assert "| 1 | 75.0% (35.4%) | 9.0 (0.0) | 50.0%, 100.0% |" in done.stdout
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1 and "has 0 of 1 rounds" in failed.stderr
+
+
 def test_the_embedded_policy_is_small():
     model = transformers.AutoModelForCausalLM.from_pretrained(oel.TINY)
     assert sum(p.numel() for p in model.parameters()) <= 5_000_000

@@ -3,8 +3,8 @@
     python extras/curves.py runs/tiny-frozenlake-{1,2,3,4,5} --svg assets/frozenlake.svg
 
 prints mean and spread (standard deviation over the runs) of each round as Markdown, with every seed's pass rate,
-and draws the learning curve. `--forgetting 512` plays the forgetting probe again, with so many games, before and
-after each run. The figure needs matplotlib; the table needs nothing.
+and draws the learning curve. `--forgetting 512` plays the forgetting probe again, with so many games: once for the
+policy that all runs began with, and for the last policy of each. The figure needs matplotlib; the table nothing.
 """
 
 import argparse

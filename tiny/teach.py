@@ -37,15 +37,17 @@ ROOM_ROLES = {"hole": 0.25, "goal": 0.2, "harmless": 0.15, "box": 0.2, "target":
 
 
 # --- worlds: a board, and what its letters mean this once -------------------------------------------------
+def letters_of(roles: dict[str, str], role: str) -> str:
+    return "".join(letter for letter in roles if roles[letter] == role)
+
+
 class Room(Sokoban):
     """Sokoban's room, where letters may also be holes and goals, as on the lake, and harmless."""
 
     def __init__(self, roles: dict[str, str], max_turns: int = 5):
         GridGame.__init__(self, max_turns, False, *roles)
         self.roles = roles
-        self.box, self.target, self.hole, self.goal = (
-            "".join(x for x in roles if roles[x] == role) for role in ("box", "target", "hole", "goal")
-        )
+        self.box, self.target = letters_of(roles, "box"), letters_of(roles, "target")
 
     def load(self, rows: list[str]) -> None:
         super().load(rows)
@@ -79,11 +81,9 @@ class World:
         if "#" in self.rows[0]:
             return Room.from_board(list(self.rows), roles=self.roles)
         size = len(self.rows)
-        hole, goal = (
-            "".join(letter for letter, r in self.roles.items() if r == role) for role in ("hole", "goal")
-        )
+        letters = {role: letters_of(self.roles, role) for role in ("hole", "goal")}
         options = {"size": size, "max_turns": 5 if size == 3 else 8}  # those of the deployed games
-        return FrozenLake.from_board(list(self.rows), hole=hole, goal=goal, **options)
+        return FrozenLake.from_board(list(self.rows), **letters, **options)
 
 
 def deal(rng: random.Random) -> tuple[int, dict[str, str], list[str]]:
@@ -231,7 +231,7 @@ def solve(rng: random.Random, free: set[Cell], player: Cell, box: Cell, targets:
 
 
 def best_moves(board: list[str], roles: dict[str, str]) -> set[str]:
-    """All moves that start a shortest way on a lake: for the report."""
+    """The moves that start a shortest way, found by planning many times: for the report."""
     return {plan(random.Random(seed), board, roles).move for seed in range(20)}
 
 
@@ -401,13 +401,13 @@ def experience(rng: random.Random, world: World, pairs: list[tuple[str, str]]) -
 
 
 # --- episodes ---------------------------------------------------------------------------------------------
-def episode(rng: random.Random, world: World, kinds=(0.5, 0.25, 0.25)) -> list[dict]:
+def episode(rng: random.Random, world: World) -> list[dict]:
     """The turns of an episode by a player that guesses, knows the roles, or moves at random.
 
     Each turn also records the `board` before it, the `move`, and whether it was refused (`invalid`).
     """
     game, turns, done = world.game(), [], False
-    kind = rng.choices(["guess", "informed", "random"], kinds)[0]
+    kind = rng.choices(["guess", "informed", "random"], [0.5, 0.25, 0.25])[0]
     observations = [game.observation()]
     while not done:
         board, invalid = game.board(), game.invalid_moves
