@@ -2163,3 +2163,18 @@ def test_the_embedded_policy_is_small():
     model = transformers.AutoModelForCausalLM.from_pretrained(oel.TINY)
     assert sum(p.numel() for p in model.parameters()) <= 5_000_000
     assert sum(file.stat().st_size for file in oel.TINY.glob("*") if file.is_file()) <= 12_000_000
+
+
+def test_the_plans_that_are_taught_can_be_played(teach):
+    """Boxes pushed through walls, or out of corners that no one can stand behind."""
+    rng = random.Random(4)
+    for _ in range(250):
+        world = teach.lay(rng, *teach.deal(rng))
+        game, moves = world.game(), teach.plan(rng, list(world.rows), world.roles).moves
+        game.max_turns = len(moves)
+        for move in moves:
+            game.step(f"[{move}]")
+        assert game.won and not game.invalid_moves
+    board = ["######", "#_X__#", "#____#", "#_O__#", "#P___#", "######"]
+    stuck = teach.plan(rng, board, {"X": "box", "O": "target"})
+    assert stuck.text.startswith("Box: 0 (3,2) 1 (2,2)(3,3) 2 (2,3) no way\n") and not stuck.moves
