@@ -19,14 +19,8 @@ experience e; the teacher, the same model frozen at the start of the round, scor
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
 Both sides have the temperature at which y is sampled. The gradient is taken for fixed y: that theta changes which
-prefixes are visited is ignored, so the step is plain supervised learning on the student's own replies.
-
-Where this script departs from the authors' code, on purpose:
- 1. The KL is over the whole vocabulary; theirs sums over the student's top 256 tokens (--kl-top-k 256).
- 2. The loss is the mean over all response tokens of a step, however it is cut into micro-batches.
- 3. Over-long prompts are refused; theirs are cut on the right, which can cut the question off.
- 4. A round without lessons is an error; theirs trains towards a teacher that knows nothing.
- 5. Student and teacher see one prompt that differs in the experience block alone, and score identical ids.
+prefixes are visited is ignored, so the step is plain supervised learning on the student's own replies. Where this
+script departs from the authors' code, and why, is a table in README.md.
 
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens, R rows of the KV cache.
 """
@@ -60,8 +54,8 @@ TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
 
 
 # --- settings ---------------------------------------------------------------------------------------------
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
+def option(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -85,12 +79,17 @@ class Config:
     # extraction
     lists: int = option(10, "independently sampled experience lists a round")
     episodes: int = option(15, "episodes that each list is folded over, on the same levels for every list")
-    form: str = option("free", "form of the lessons: free or items")
+    form: str = option("free", "form of the lessons", ("free", "items"))
     previous: bool = option(False, "show the extractor the list so far (E_{i-1})")
     reasoning: bool = option(True, "show the extractor the reasoning inside the replies")
     experience_budget: int = option(2048, "tokens of an experience list, and new tokens of an extraction")
     experience: str = option("", "file with lessons to consolidate instead of extracting any")
+    extractor: str = option("", "another model to write the lessons (default: the policy itself)")
+    context: str = option(
+        "items", "what the teacher reads: lessons, logs or nothing", ("items", "raw", "none")
+    )
     # consolidation
+    distill: str = option("on-policy", "who answers: student or teacher", ("on-policy", "off-policy"))
     steps: int = option(20, "optimizer steps a round")
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
     lr: float = option(5e-6, "learning rate, constant")
@@ -132,7 +131,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
         name, about = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} [{f.default}]"
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
         parser.add_argument(name, default=argparse.SUPPRESS, help=about.replace("%", "%%"), **kind)
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -147,11 +147,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         may_be_zero = f.name in ("seed", "rounds", "top_k", "kl_top_k", "eval_every", "weight_decay", "lr")
-        if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
-            wanted = "0 or more" if may_be_zero else "more than 0"
+        most = 1 if f.name == "top_p" else sys.float_info.max
+        if f.type in (int, float) and not (0 < value <= most or value == 0 and may_be_zero):
+            wanted = ("0 or more" if may_be_zero else "more than 0") + ", 1 at most" * (most == 1)
             parser.error(f"--{f.name.replace('_', '-')} is {value}: it must be {wanted}")
-    if cfg.form not in prompts.FORMS or cfg.top_p > 1:
-        parser.error(f"--form {cfg.form} must be {' or '.join(prompts.FORMS)}, --top-p {cfg.top_p} at most 1")
     return cfg
 
 
@@ -282,7 +281,8 @@ class Rows:
         self.kv = torch.zeros(kv_shape(model, rows, length), dtype=model.dtype, device=model.device)
         self.index = torch.arange(rows, device=model.device)
         # A row: its newest token (not in the cache yet), tokens in the cache, prompt length, noise key.
-        self.token, self.used, self.born, self.noise = (torch.zeros_like(self.index) for _ in range(4))
+        self.state = torch.zeros(4, rows, dtype=torch.long, device=model.device)
+        self.token, self.used, self.born, self.noise = self.state
         self.prefilling = False
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,9 +304,7 @@ class Rows:
         """Give a row back: the last live row takes its place, so that live rows stay together in front."""
         self.n = last = self.n - 1
         if row != last:
-            self.kv[:, :, row] = self.kv[:, :, last]
-            for state in (self.token, self.used, self.born, self.noise):
-                state[row] = state[last]
+            self.kv[:, :, row], self.state[:, row] = self.kv[:, :, last], self.state[:, last]
 
 
 def attend(module, query, key, value, attention_mask, *, scaling, oel_rows, **kwargs):
@@ -395,7 +393,7 @@ def drive(
     A reply's noise depends on (seed, which generator, which of its requests), on nothing else. UsageError for
     a request that is empty or does not fit the model's context.
     """
-    n, results, coming = len(generators), [None] * len(generators), iter(range(len(generators)))
+    n, results = len(generators), [None] * len(generators)
     waiting, live = [], []  # (generator, turn, request) next in line; the same and the reply so far, per row
     budget, cache = cache_tokens(model), Rows(model, 1, 0)
     head = model.get_output_embeddings().weight[:vocab_size]
@@ -420,17 +418,14 @@ def drive(
     def next_batch() -> list:
         """The requests that go into free rows now: as many as fit the cache, 16k padded tokens at most."""
         batch, need, widest = [], cache.length, 0
-        while True:
-            while not waiting and (i := next(coming, None)) is not None:
-                advance(i, 0, None)
-            if not waiting:
-                return batch
+        while waiting:
             ids = waiting[-1][2].ids
             need = max(need, -(-(len(ids) + waiting[-1][2].max_new_tokens) // 256) * 256)
             widest = max(widest, len(ids))
             if cache.n + len(batch) >= room(need) or (batch and widest * (len(batch) + 1) > 16384):
-                return batch
+                break
             batch.append(waiting.pop())
+        return batch
 
     def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         how = {"attention_mask": unmasked, "use_cache": False, "oel_rows": cache}  # (B, t) -> (B, t, D)
@@ -449,8 +444,7 @@ def drive(
             old, live_rows, need = cache, slice(0, cache.n), -(-need // 256) * 256
             cache = Rows(model, room(need), need)
             cache.n, cache.kv[:, :, live_rows, :, : old.length] = old.n, old.kv[:, :, live_rows]
-            for name in ("token", "used", "born", "noise"):
-                getattr(cache, name)[live_rows] = getattr(old, name)[live_rows]
+            cache.state[:, live_rows] = old.state[:, live_rows]
         lengths = torch.tensor([len(r.ids) for _, _, r in batch])
         ids = torch.zeros(len(batch), lengths.max(), dtype=torch.long)
         for row, (_, _, r) in enumerate(batch):
@@ -480,6 +474,8 @@ def drive(
             advance(i, turn + 1, response)
 
     with sampling_mode(model), bar:
+        for i in reversed(range(n)):  # the first one ends up first in line
+            advance(i, 0, None)
         while True:
             if batch := next_batch():
                 prefill(batch)
@@ -557,8 +553,8 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
 
 def deploy(policy: Policy, cfg: Config, levels: list[int], seed: int, truncate: bool) -> list[dict]:
     """Play an episode on the level of each seed in `levels`, without experience; return the trajectories."""
-    ids = [(level, f"{i}-level{level}") for i, level in enumerate(levels)]
-    episodes = [episode(policy, make_game(cfg), *level_id, cfg.reply_limit) for level_id in ids]
+    limit = cfg.reply_limit
+    episodes = [episode(policy, make_game(cfg), x, f"{i}-level{x}", limit) for i, x in enumerate(levels)]
     return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate, "deploy"))
 
 
@@ -567,8 +563,7 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
     """Fold one experience list over trajectories (Eq. 1), as a generator. It starts empty."""
     experience, budget = "", cfg.experience_budget
     for trajectory in trajectories:
-        known = experience if cfg.previous else ""
-        message = prompts.extraction_prompt(trajectory, known, cfg.form, cfg.reasoning)
+        message = prompts.extraction_prompt(trajectory, experience * cfg.previous, cfg.form, cfg.reasoning)
         response = yield Request(policy.encode(message), budget)
         lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
         experience = prompts.accumulate(experience, lessons, budget, policy.count_tokens)  # Eq. 1
@@ -582,8 +577,12 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) ->
     """
     share = -(-len(trajectories) // cfg.lists)
     shares = [trajectories[i : i + share] for i in range(0, len(trajectories), share)]
-    folds = [lesson_list(policy, cfg, part) for part in shares]
-    lists = drive(policy.model, folds, **settings(policy, cfg, seed, truncate=True, desc="extract"))
+    if cfg.context == "raw":
+        how = (cfg.reasoning, cfg.experience_budget, policy.count_tokens)
+        lists = [prompts.raw_experience(part, *how) for part in shares]
+    else:
+        folds = [lesson_list(policy, cfg, part) for part in shares]
+        lists = drive(policy.model, folds, **settings(policy, cfg, seed, truncate=True, desc="extract"))
     if cfg.smoke and not any(lists):
         print("smoke: no lesson in so few tokens; a made-up one stands in, to see that the rest runs")
         lists = [prompts.as_items(["Look at the board before every move."])]
@@ -604,7 +603,7 @@ class ReverseKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, student_weight, teacher_weight, temperature, top_k, chunk):
+    def forward(ctx, student, teacher, student_weight, teacher_weight, temperature, top_k, forward, chunk):
         exact = torch.float64 if student.dtype == torch.float64 else torch.float32
         grad_hidden, total = torch.empty_like(student), torch.zeros((), dtype=exact, device=student.device)
         grad_weight = torch.zeros_like(student_weight, dtype=exact) if ctx.needs_input_grad[2] else None
@@ -613,16 +612,19 @@ class ReverseKL(torch.autograd.Function):
             logp = ((hs @ student_weight.T).to(exact) / temperature).log_softmax(-1)  # (n, D) -> (n, V)
             logq = ((ht @ teacher_weight.T).to(exact) / temperature).log_softmax(-1)
             p, d = logp.exp(), logp - logq
-            if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
-                kept = torch.zeros_like(d).scatter_(-1, logp.topk(min(top_k, d.shape[-1]), -1).indices, 1)
-                total += (p * d * kept).sum()
-                d = (d + 1) * kept
+            if forward:  # KL(q || p) instead, for the off-policy variant
+                total, slope = total - (logq.exp() * d).sum(), p - logq.exp()
             else:
-                base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
-                d = d - base
-                total += (p * d).sum() + base.sum()
-            slope = p * (d - (p * d).sum(-1, keepdim=True)) / temperature  # (n, V), by the student's logits
-            slope = slope.to(hs.dtype)
+                if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
+                    kept = torch.zeros_like(d).scatter_(-1, logp.topk(min(top_k, d.shape[-1]), -1).indices, 1)
+                    total += (p * d * kept).sum()
+                    d = (d + 1) * kept
+                else:
+                    base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
+                    d = d - base
+                    total += (p * d).sum() + base.sum()
+                slope = p * (d - (p * d).sum(-1, keepdim=True))
+            slope = (slope / temperature).to(hs.dtype)  # (n, V), by the student's logits
             grad_hidden[start : start + chunk] = slope @ student_weight
             if grad_weight is not None:
                 grad_weight += slope.T @ hs
@@ -634,24 +636,24 @@ class ReverseKL(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(grad_hidden.dtype)
-        return (grad_hidden * scale).to(grad_hidden.dtype), None, grad_weight, None, None, None, None
+        return (grad_hidden * scale).to(grad_hidden.dtype), None, grad_weight, *[None] * 5
 
 
 def reverse_kl(
     student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, student_weight: torch.Tensor,
-    teacher_weight: torch.Tensor, temperature: float, *, top_k: int = 0, chunk: int = 256,
+    teacher_weight: torch.Tensor, temperature: float, *, top_k: int = 0, forward: bool = False, chunk: int = 256,
 ) -> torch.Tensor:  # fmt: skip
     """KL(student || teacher) summed over N positions, in nats: the inner sum of Eq. 2, exact over V.
 
     Hidden states (N, D) and head weights (V, D); both sides at one temperature, that of the student's samples.
     No gradient flows into the teacher, and logits (N, V) are never stored whole. `top_k` is the authors' sum
-    over the student's top tokens. ValueError if the shapes do not fit.
+    over the student's top tokens, `forward` makes it KL(teacher || student). ValueError if the shapes do not fit.
     """
     if len(student_hidden) != len(teacher_hidden) or len(student_weight) != len(teacher_weight):
         shapes = [tuple(x.shape) for x in (student_hidden, teacher_hidden, student_weight, teacher_weight)]
         raise ValueError(f"student and teacher differ in positions or in vocabulary: {shapes}")
     weights = student_weight, teacher_weight
-    return ReverseKL.apply(student_hidden, teacher_hidden, *weights, temperature, top_k, chunk)
+    return ReverseKL.apply(student_hidden, teacher_hidden, *weights, temperature, top_k, forward, chunk)
 
 
 @dataclass
@@ -704,7 +706,8 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         student_hidden, predicted = response_hidden(student, [s.prompt_ids for s in batch], responses)
         assert torch.equal(seen, predicted), "student and teacher must score the same response ids"
         heads = policy.head(student), policy.head(teacher)
-        kl = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, top_k=cfg.kl_top_k)
+        how = {"top_k": cfg.kl_top_k, "forward": cfg.distill == "off-policy"}
+        kl = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, **how)
         (kl / n_tokens).backward()  # Eq. 2
         loss += kl.item() / n_tokens
         for p, master in zip(student.parameters(), policy.master, strict=True):
@@ -728,13 +731,11 @@ def consolidate(
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
     if len(logs) < cfg.steps * cfg.batch_episodes:
         raise UsageError(f"{len(logs)} logged episodes: too few for {cfg.steps} x {cfg.batch_episodes}")
-    first = 1 + load_state(state, policy, optimizer)
     policy.model.train()  # checkpointing asks for it; these models have no dropout
-    renamed = hasattr(policy.model, "activation_checkpointing_enable")
-    named = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    if cfg.checkpointing:
-        getattr(policy.model, named + "_enable")({"use_reentrant": False})
-    for step in range(first, cfg.steps + 1):
+    if cfg.checkpointing:  # under its new name or its old one; it acts in training mode only
+        old = getattr(policy.model, "gradient_checkpointing_enable", None)
+        getattr(policy.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    for step in range(1 + load_state(state, policy, optimizer), cfg.steps + 1):
         began = time.perf_counter()
         # 1. logged prompts, each with one list drawn at random for the teacher
         batch = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
@@ -742,12 +743,12 @@ def consolidate(
         draw = random.Random(derive_seed(seed, step))
         control = experiences is None
         told = [x if control else prompts.with_experience(x, draw.choice(experiences)) for x in logged]
-        # 2. y ~ pi_theta(.|x): the student answers without the experience
-        prompt_ids = [policy.encode(x) for x in logged]
+        # 2. y ~ pi_theta(.|x): the student answers without the experience (off-policy: the teacher, with it)
+        prompt_ids, teacher_ids = ([policy.encode(x) for x in texts] for texts in (logged, told))
+        author = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
         how = settings(policy, cfg, derive_seed(seed, step, 1), False, f"step {step}/{cfg.steps}")
-        responses = sample(policy.model, prompt_ids, max_new_tokens=cfg.reply_limit, **how)
-        triples = zip(prompt_ids, told, responses, strict=True)
-        samples = [Sample(x, policy.encode(e_x), y.ids) for x, e_x, y in triples]
+        responses = sample(*author, max_new_tokens=cfg.reply_limit, **how)
+        samples = [Sample(x, e_x, y.ids) for x, e_x, y in zip(prompt_ids, teacher_ids, responses)]
         check_fits(teacher, max(len(s.teacher_ids) for s in samples), cfg.reply_limit)
         # 3. the gradient of the mean reverse KL, clipped, and one update
         loss = distill(policy, teacher, samples, cfg)
@@ -763,8 +764,6 @@ def consolidate(
                        "seconds": seconds, "tokens_per_second": n_tokens / seconds})  # fmt: skip
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             save_state(state, step, policy, optimizer)
-    if cfg.checkpointing:
-        getattr(policy.model, named + "_disable")()
     policy.model.eval()
 
 
@@ -932,9 +931,13 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
     began, (play, read, log, learn) = time.perf_counter(), [derive_seed(cfg.seed, r, i) for i in range(4)]
     # 1. and 2. every list reads episodes on the same levels, each played with its own noise
     if not (folder / "experience").exists():
-        levels = [] if given else level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
-        trajectories = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, play, True)
-        lists = [given] if given else extract(policy, cfg, trajectories, read)
+        levels = level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
+        lists = [given] if given else []
+        if not given and cfg.context != "none":
+            played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, play, True)
+            writer = cfg.extractor and load_policy(cfg.extractor, policy.model.device, cfg.thinking)
+            lists = extract(writer or policy, cfg, played, read)
+            del writer  # its memory is wanted for consolidation
         with atomic(folder / "experience") as part:
             part.mkdir()
             for i, experience in enumerate(lists):
@@ -958,7 +961,7 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
 
     # 3. and what was written down goes into the weights
     if not (folder / "model").exists():
-        consolidate(policy, cfg, logs, experiences, learn, folder / "state/step.pt", on_step)
+        consolidate(policy, cfg, logs, experiences or None, learn, folder / "state/step.pt", on_step)
         save_model(folder / "model", policy)
     discard(folder / "state")
     measure(r, cfg.steps, began, in_context)
@@ -968,12 +971,10 @@ def table(rows: list[dict]) -> str:
     """Rows of metrics.jsonl as text, a line each."""
     names = ["round", "step", "pass_rate", "pass_rate_low", "pass_rate_high", "reply_tokens"]
     names += ["in_context_pass_rate", "unseen_pass_rate", "forgetting_pass_rate"]
-    cells = [[name.replace("_pass_rate", "").replace("_", " ") for name in names]]
-    for row in rows:
-        values = [row[name] for name in names]
-        cells.append(["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+    lines = [[name.replace("_pass_rate", "").replace("_", " ") for name in names]]
+    for values in (map(row.get, names) for row in rows):
+        lines.append([f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x) for x in values])
+    return "\n".join("  ".join(x.rjust(max(5, len(top))) for x, top in zip(xs, lines[0])) for xs in lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -110,6 +110,14 @@ def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:
     return "\n".join(lines)
 
 
+def raw_experience(trajectories: list[dict], reasoning: bool, budget: int, count_tokens) -> str:
+    """The baseline without lessons: the logs themselves, the newest whole ones within `budget` tokens."""
+    logs = [transcript(trajectory, reasoning) for trajectory in trajectories]
+    while logs and count_tokens("\n\n".join(logs)) > budget:
+        logs.pop(0)
+    return "\n\n".join(logs)
+
+
 # --- messages as token ids --------------------------------------------------------------------------------
 def plain_ids(tokenizer, text: str) -> list[int]:
     """Token ids of text that is data: a chat marker in it stays text and never becomes a special token.

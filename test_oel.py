@@ -1118,16 +1118,32 @@ def test_a_saturated_student_keeps_its_gradient(scale):
         assert relative(hidden.grad[row], exact.grad[row]) < 1e-4
 
 
-def test_the_chunks_do_not_change_the_reverse_kl():
+@pytest.mark.parametrize("forward", [False, True])
+def test_the_chunks_do_not_change_the_reverse_kl(forward):
     """A last chunk that is shorter, or gradients of one chunk that overwrite another's."""
     found = []
     for chunk in (N + 7, N, 5, 1):
         given = kl_inputs(3)
-        value = oel.reverse_kl(*given, 0.7, chunk=chunk)
+        value = oel.reverse_kl(*given, 0.7, chunk=chunk, forward=forward)
         value.backward()
         found.append((value.detach(), given[0].grad, given[2].grad))
     for others in found[1:]:
         assert all(relative(a, b) < 1e-12 for a, b in zip(others, found[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("scale", [1, 30, 100])
+def test_the_forward_kl_is_that_of_float64_autograd(scale, dtype, tolerance):
+    """Off-policy distillation with a divergence whose arguments are the wrong way round."""
+    given = kl_inputs(scale, dtype)
+    hs, ht, ws, wt = (x.detach().double().requires_grad_(x.requires_grad) for x in given)
+    logq = (ht @ wt.T / 0.7).log_softmax(-1)
+    wanted = (logq.exp() * (logq - (hs @ ws.T / 0.7).log_softmax(-1))).sum()
+    found = oel.reverse_kl(*given, 0.7, forward=True, chunk=5)
+    (found * 2.5).backward()
+    (wanted * 2.5).backward()
+    assert relative(found.detach(), wanted.detach()) < tolerance
+    assert relative(given[0].grad, hs.grad) < tolerance and relative(given[2].grad, ws.grad) < tolerance
 
 
 def test_a_tied_head_gets_both_gradients():
@@ -1405,6 +1421,28 @@ def test_the_replies_are_the_students_of_the_moment(policy, monkeypatch):
     monkeypatch.setattr(oel, "drive", spy)
     assert len(consolidated(policy, small(temperature=0.9))) == 2
     assert calls == [(0.9, 1.0, 0, True)] * 2
+
+
+def test_off_policy_the_teacher_answers_with_the_experience(policy, monkeypatch):
+    """Off-policy in name alone: replies of the student, replies without the experience, or the reverse KL."""
+    calls, losses, real, real_kl = [], [], oel.sample, oel.reverse_kl
+
+    def spy(model, asked, **how):
+        calls.append((model is policy.model, asked))
+        return real(model, asked, **how)
+
+    def spy_kl(*given, forward, **how):
+        losses.append(forward)
+        return real_kl(*given, forward=forward, **how)
+
+    monkeypatch.setattr(oel, "sample", spy)
+    monkeypatch.setattr(oel, "reverse_kl", spy_kl)
+    for way in ("on-policy", "off-policy"):
+        consolidated(policy, small(distill=way, steps=1), LESSONS[:1])
+    turns = logs()[0]["turns"]
+    plain = [policy.encode(turn["prompt"]) for turn in turns]
+    told = [policy.encode(prompts.with_experience(turn["prompt"], LESSONS[0])) for turn in turns]
+    assert calls == [(True, plain), (False, told)] and losses == [False, True]
 
 
 def test_learning_lowers_the_divergence(policy):
@@ -1998,6 +2036,43 @@ def test_given_lessons_are_consolidated(folder, tmp_path, monkeypatch):
     assert [row["round"] for row in metrics] == [0, 1] and "H loses." in told
     assert (tmp_path / "run/round1/model").exists()
     assert not oel.read_jsonl(tmp_path / "run/round1/trajectories.jsonl")
+
+
+def test_the_teacher_reads_logs_or_nothing(folder, tmp_path, monkeypatch):
+    """--context raw: the trajectories as they are, whole, within the budget; none: a loss of zero."""
+    monkeypatch.setattr(oel, "lesson_list", None)
+    size = {"model": folder, "episodes": 3, "lists": 2, "steps": 1, "experience_budget": 900}
+    raw, none = (small(**size, context=context, out=str(tmp_path / context)) for context in ("raw", "none"))
+    oel.run(raw)
+    policy = oel.load_policy(folder, torch.device("cpu"))
+    played = [prompts.transcript(t) for t in oel.read_jsonl(tmp_path / "raw/round1/trajectories.jsonl")]
+    for i, file in enumerate(sorted((tmp_path / "raw/round1/experience").iterdir())):
+        text = file.read_text().removesuffix("\n")
+        assert 0 < policy.count_tokens(text) <= 900
+        kept = max(n for n in (1, 2, 3) if text == "\n\n".join(played[3 * i + 3 - n : 3 * i + 3]))
+        assert kept == 3 or policy.count_tokens("\n\n".join(played[3 * i + 2 - kept : 3 * i + 3])) > 900
+    metrics = oel.run(none)
+    assert not list((tmp_path / "none/round1/experience").iterdir())
+    assert abs(oel.read_jsonl(tmp_path / "none/steps.jsonl")[0]["loss"]) < 1e-9
+    assert metrics[1]["in_context_pass_rate"] is not None
+    with pytest.raises(oel.UsageError, match="no lesson"):
+        oel.run(dataclasses.replace(raw, experience_budget=10, out=str(tmp_path / "little")))
+
+
+def test_another_model_can_write_the_lessons(folder, tmp_path, monkeypatch):
+    """--extractor: a model that is loaded and not asked, or one that plays as well."""
+    other = str(save_policy(tmp_path / "other", seed=5))
+    authors = []
+    weights = oel.load_policy(other, torch.device("cpu")).master[0]
+
+    def spy(policy, *given):
+        authors.append(torch.equal(policy.master[0], weights))
+        return [LESSONS[0]]
+
+    monkeypatch.setattr(oel, "extract", spy)
+    for extractor in ("", other):
+        oel.run(small(model=folder, extractor=extractor, steps=1, out=str(tmp_path / f"run{len(authors)}")))
+    assert authors == [False, True]
 
 
 @pytest.mark.parametrize("thinking", ["--thinking", "--no-thinking"])
