@@ -44,6 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -85,9 +86,7 @@ class Config:
     experience_budget: int = option(2048, "tokens of an experience list, and new tokens of an extraction")
     experience: str = option("", "file with lessons to consolidate instead of extracting any")
     extractor: str = option("", "another model to write the lessons (default: the policy itself)")
-    context: str = option(
-        "items", "what the teacher reads: lessons, logs or nothing", ("items", "raw", "none")
-    )
+    context: str = option("items", "what the teacher reads: lessons, logs, nothing", ("items", "raw", "none"))
     # consolidation
     distill: str = option("on-policy", "who answers: student or teacher", ("on-policy", "off-policy"))
     steps: int = option(20, "optimizer steps a round")
@@ -105,6 +104,7 @@ class Config:
     probe_games: int = option(64, "levels for in-context, unseen and forgetting pass rates")
     eval_every: int = option(0, "also evaluate every so many steps of consolidation; 0: after rounds only")
     rows: int = option(64, "replies that are sampled at the same time, memory permitting")
+    graphs: bool = option(False, "replay decoding steps as CUDA graphs (not tried on a GPU yet)")
 
 
 # The paper's settings by model (its appendix), and ours for the embedded policy. They hold for both games.
@@ -184,10 +184,6 @@ class Policy:
     def count_tokens(self, text: str) -> int:
         return len(prompts.plain_ids(self.tokenizer, text))
 
-    def head(self, model) -> torch.Tensor:
-        """The output weights (V, D) of a model with the policy's vocabulary."""
-        return model.get_output_embeddings().weight[: self.vocab_size]
-
     def copy_master(self) -> None:
         """Bring the model up to date with its master weights."""
         for p, master in zip(self.model.parameters(), self.master, strict=True):
@@ -251,7 +247,7 @@ def check_supported(model) -> None:
 
 # --- the sampler ------------------------------------------------------------------------------------------
 # Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs
-# any number of them at once. When a reply ends, its generator moves on at once and its next prompt takes the
+# any number of them at once. When a reply ends, its generator moves on at once and its next prompt takes a
 # free row, so a long reply never holds up the others.
 @dataclass
 class Request:
@@ -265,60 +261,48 @@ class Response:
     finish: str  # "stop" or "length"
 
 
-def kv_shape(model, rows: int, length: int) -> torch.Size:
-    """The shape of a KV cache: (keys or values, layer, row, Hkv, token, head_dim)."""
-    c = model.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return torch.Size((2, c.num_hidden_layers, rows, c.num_key_value_heads, length, head_dim))
-
-
 class Rows:
-    """A KV cache of R rows of equal length; rows 0 to n - 1 are live, each with its own number of tokens."""
+    """A KV cache of R rows of equal length, each with its own number of tokens."""
 
     def __init__(self, model, rows: int, length: int):
-        self.rows, self.length, self.n = rows, length, 0
+        c, self.length = model.config, length
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        shape = (2, c.num_hidden_layers, rows, c.num_key_value_heads, length, head_dim)  # 2: keys and values
         # zeros, not garbage: what lies behind the mask is multiplied by 0, and NaN * 0 is NaN
-        self.kv = torch.zeros(kv_shape(model, rows, length), dtype=model.dtype, device=model.device)
-        self.index = torch.arange(rows, device=model.device)
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
         # A row: its newest token (not in the cache yet), tokens in the cache, prompt length, noise key.
         self.state = torch.zeros(4, rows, dtype=torch.long, device=model.device)
         self.token, self.used, self.born, self.noise = self.state
-        self.prefilling = False
+        self.prompts = np.full((rows, length), -1)  # the ids of each row's prompt
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new keys and values (B, Hkv, t, head_dim); return those to attend to, (B, Hkv, reach, head_dim)."""
+    def take(self, old: "Rows", rows: list[int]) -> None:
+        """Copy some rows of a cache that is not longer, this one even, to the front."""
+        self.kv[:, :, : len(rows), :, : old.length] = old.kv[:, :, rows]
+        self.state[:, : len(rows)] = old.state[:, rows]
+        self.prompts[: len(rows), : old.length] = old.prompts[rows]
+
+    def most_alike(self, ids: np.ndarray) -> tuple[int, int]:
+        """The row whose prompt begins most like `ids`, and how many tokens they share: the last is not counted."""
+        shared = (self.prompts[:, : len(ids)] == ids).cumprod(1).sum(1)
+        return int(shared.argmax()), min(int(shared.max()), len(ids) - 1)
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Write new keys and values (B, Hkv, t, head_dim); return those to see, (2, B, Hkv, reach, head_dim)."""
         for cache, new in zip(self.kv[:, layer], (key, value), strict=True):
-            if self.prefilling:
-                cache[self.n : self.n + len(new), :, : new.shape[2]] = new
-            else:
-                cache[self.index[: self.n], :, self.used[: self.n]] = new[:, :, 0]
-        return tuple(self.kv[:, layer, : self.n, :, : self.reach])
-
-    def start_step(self, reach: int) -> None:
-        """Prepare a decoding step after which no row has more than `reach` tokens: one mask for all layers."""
-        self.reach = min(-(-reach // 32) * 32, self.length)  # rounded up: fewer shapes, aligned reads
-        behind = torch.arange(self.reach, device=self.kv.device) > self.used[: self.n, None]
-        self.mask = torch.where(behind, -math.inf, 0.0)[:, None, None].to(self.kv.dtype)  # (n, 1, 1, reach)
-
-    def free(self, row: int) -> None:
-        """Give a row back: the last live row takes its place, so that live rows stay together in front."""
-        self.n = last = self.n - 1
-        if row != last:
-            self.kv[:, :, row], self.state[:, row] = self.kv[:, :, last], self.state[:, last]
+            cache[self.index[:, None], :, self.at] = new.transpose(1, 2)
+        return self.kv[:, layer, self.rows, :, : self.reach]
 
 
 def attend(module, query, key, value, attention_mask, *, scaling, oel_rows, **kwargs):
     """Attention over Rows, called by the model's own layers while it samples.
 
-    query (B, Hq, t, head_dim), key and value (B, Hkv, t, head_dim), rotated -> (B, t, Hq, head_dim).
+    query (B, Hq, t, head_dim), key and value (B, Hkv, t, head_dim), rotated -> (B, t, Hq, head_dim). The
+    Hq / Hkv queries that share a key head stand in for a longer sequence: keys are never copied.
     """
     keys, values = oel_rows.store(module.layer_idx, key, value)
-    if oel_rows.prefilling:  # fresh rows see themselves only; the padding on the right sees, but is not seen
-        out = sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    else:  # the Hq / Hkv queries that share a key head stand in for a sequence: keys are never copied
-        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-        out = sdpa(grouped, keys, values, attn_mask=oel_rows.mask, scale=scaling).reshape(query.shape)
-    return out.transpose(1, 2), None
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    out = sdpa(grouped, keys, values, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(query.shape).transpose(1, 2), None
 
 
 AttentionInterface.register("oel", attend)
@@ -368,41 +352,46 @@ def pick(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int
     return ids.gather(1, choice)[:, 0]
 
 
-def cache_tokens(model) -> int:
-    """How many tokens of KV cache fit in a third of the free memory: while one grows, the old one stays."""
-    free, token = 12 << 30, kv_shape(model, 1, 1).numel() * model.dtype.itemsize  # bytes
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(model.device)[0]
-    return free // 3 // token
-
-
 def check_fits(model, prompt: int, reply: int) -> None:
     context = getattr(model.config, "max_position_embeddings", math.inf)
     if prompt < 1 or reply < 1 or prompt + reply > context:
         raise UsageError(f"a prompt of {prompt} and a reply of {reply} tokens: the context holds {context}")
 
 
+def record(step: Callable, sizes: tuple[int, ...], pool):
+    """A CUDA graph of a step whose sizes are fixed: all of its kernels start with one call."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step(*sizes)
+    return graph
+
+
 def drive(
     model, generators: list[Generator], *, stop_ids, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     seed: int = 0, rows: int = 64, vocab_size: int | None = None, desc: str | None = None,
+    ahead: bool | None = None, graphs: bool = False,
 ) -> list:  # fmt: skip
     """Run generators that yield Requests and are sent Responses; return what they return, in order.
 
-    Continuous batching: while some replies go on, new prompts are prefilled into the rows of those that ended.
-    A reply's noise depends on (seed, which generator, which of its requests), on nothing else. UsageError for
-    a request that is empty or does not fit the model's context.
+    Continuous batching: while some replies go on, new prompts are read into the rows of those that ended, from
+    where they differ from the prompt in any row (an earlier turn of the episode, the same experience). A
+    reply's noise depends on (seed, which generator, which of its requests), on nothing else. `ahead` (on CUDA)
+    decodes before it has seen which replies ended, `graphs` replays decoding steps as CUDA graphs. UsageError
+    for a request that is empty or does not fit the model's context.
     """
-    n, results = len(generators), [None] * len(generators)
-    waiting, live = [], []  # (generator, turn, request) next in line; the same and the reply so far, per row
-    budget, cache = cache_tokens(model), Rows(model, 1, 0)
-    head = model.get_output_embeddings().weight[:vocab_size]
-    unmasked = torch.zeros(1, 1, 1, 1, device=model.device)  # a 4D mask keeps transformers from making one
-    bar = tqdm(total=n, desc=desc, leave=False, disable=desc is None, mininterval=0.5)
-    sampled, began = 0, time.perf_counter()
+    results, waiting = [None] * len(generators), []  # (generator, turn, request) next in line, last first
+    live = []  # of each row in use: (generator, turn, request, reply so far), or None once the reply has ended
+    head, cuda = model.get_output_embeddings().weight[:vocab_size], model.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else 12 << 30
+    budget = free // 4 // Rows(model, 1, 1).kv.nbytes  # tokens; while a cache grows, the old one stays
+    ahead, need, cache, graph_of = cuda if ahead is None else ahead, 1, Rows(model, 0, 0), {}
+    bar = tqdm(total=len(generators), desc=desc, leave=False, disable=desc is None, mininterval=0.5)
 
     def advance(i: int, turn: int, response: Response | None) -> None:
         """Hand a generator its response, and put its next request first in line."""
+        nonlocal need
         try:
             request = generators[i].send(response)  # None starts it
         except StopIteration as stop:
@@ -411,110 +400,127 @@ def drive(
             return
         check_fits(model, len(request.ids), request.max_new_tokens)
         waiting.append((i, turn, request))
+        need = max(need, -(-(len(request.ids) + request.max_new_tokens) // 256) * 256)
 
-    def room(need: int) -> int:  # rows that fit if each is to hold `need` tokens
-        return max(1, min(rows, n, budget // need))
-
-    def next_batch() -> list:
-        """The requests that go into free rows now: as many as fit the cache, 16k padded tokens at most."""
-        batch, need, widest = [], cache.length, 0
-        while waiting:
-            ids = waiting[-1][2].ids
-            need = max(need, -(-(len(ids) + waiting[-1][2].max_new_tokens) // 256) * 256)
-            widest = max(widest, len(ids))
-            if cache.n + len(batch) >= room(need) or (batch and widest * (len(batch) + 1) > 16384):
-                break
-            batch.append(waiting.pop())
-        return batch
-
-    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        how = {"attention_mask": unmasked, "use_cache": False, "oel_rows": cache}  # (B, t) -> (B, t, D)
-        return model.get_decoder()(input_ids=ids, position_ids=positions, **how).last_hidden_state
-
-    def choose(hidden: torch.Tensor, where: slice) -> None:
-        """The next token of some rows, from the hidden state (B, D) of their last one."""
-        key = mix(cache.noise[where] + (cache.used[where] - cache.born[where]) * 0x632BE5AB)
-        cache.token[where] = pick(hidden @ head.T, key, temperature, top_k, top_p)
-
-    def prefill(batch: list) -> None:
-        """Read whole prompts into new rows, padded on the right, and sample their first tokens."""
+    def move(target: Rows) -> None:
+        """Live rows go to the front of a cache: this one, or a larger one that takes over."""
         nonlocal cache
-        need = max(cache.length, *(len(r.ids) + r.max_new_tokens for _, _, r in batch))
-        if need > cache.length or cache.n + len(batch) > cache.rows:  # a larger one takes over the live rows
-            old, live_rows, need = cache, slice(0, cache.n), -(-need // 256) * 256
-            cache = Rows(model, room(need), need)
-            cache.n, cache.kv[:, :, live_rows, :, : old.length] = old.n, old.kv[:, :, live_rows]
-            cache.state[:, live_rows] = old.state[:, live_rows]
-        lengths = torch.tensor([len(r.ids) for _, _, r in batch])
-        ids = torch.zeros(len(batch), lengths.max(), dtype=torch.long)
-        for row, (_, _, r) in enumerate(batch):
-            ids[row, : len(r.ids)] = torch.tensor(r.ids)
-        new = slice(cache.n, cache.n + len(batch))
-        cache.used[new] = cache.born[new] = lengths.to(cache.used)
-        cache.noise[new] = torch.tensor([derive_seed(seed, i, turn) for i, turn, _ in batch]).to(cache.noise)
-        cache.prefilling, cache.reach = True, 0
-        hidden = forward(ids.to(model.device), torch.arange(ids.shape[1], device=model.device)[None])
-        choose(hidden[cache.index[: len(batch)], cache.used[new] - 1], new)
-        cache.n, cache.prefilling = new.stop, False
-        live.extend((i, turn, r, []) for i, turn, r in batch)
+        target.take(cache, [row for row, taken in enumerate(live) if taken])
+        live[:], cache = filter(None, live), target
 
-    def retire() -> None:
-        """Read every row's newest token; where it ends the reply, free the row and advance its generator."""
-        finished = []
-        for row, token in enumerate(cache.token[: cache.n].tolist()):
-            i, turn, request, reply = live[row]
-            reply.append(token)
-            if token in stop_ids or len(reply) == request.max_new_tokens:
-                finished.append((i, turn, Response(reply, "stop" if token in stop_ids else "length"), row))
-        for *_, row in reversed(finished):  # from the back, so that the row that moves into the hole goes on
-            cache.free(row)
-            live[row] = live[-1]
-            live.pop()
-        for i, turn, response, _ in finished:
-            advance(i, turn + 1, response)
+    def admit() -> None:
+        """Read prompts into free rows, as soon as an eighth of them is free, and sample their first tokens."""
+        most = max(1, min(rows, len(generators), budget // need))  # rows that fit, each of `need` tokens
+        if most - sum(map(bool, live)) < min(len(waiting), 1 + most // 8 * any(live)):
+            return
+        if need > cache.length or most > len(cache.token):
+            move(Rows(model, most, need))
+            graph_of.clear()
+            bar.set_postfix_str(f"{most} rows of {need} tokens", refresh=False)
+        # The very first prompt is read alone; what the others share with it is not read again.
+        limit, batch, widest = 16384 * bool(live), [], 0  # padded tokens
+        live.extend([None] * (most - len(live)))
+        free = [row for row, taken in enumerate(live) if not taken]
+        while waiting and free:
+            ids = np.array(waiting[-1][2].ids)
+            donor, shared = cache.most_alike(ids)
+            widest = max(widest, len(ids) - shared)
+            if batch and widest * (len(batch) + 1) > limit:
+                break
+            place = donor if donor in free else free[0]
+            free.remove(place)
+            batch.append((ids, place, donor, shared, len(ids), derive_seed(seed, *waiting[-1][:2])))
+            live[place] = (*waiting.pop(), [])
+        for ids, place, *_ in batch:
+            cache.prompts[place] = -1
+            cache.prompts[place, : len(ids)] = ids
+        new = pad_sequence([torch.from_numpy(b[0][b[3] :]) for b in batch], batch_first=True).to(model.device)
+        place, donor, start, length, noise = torch.tensor([b[1:] for b in batch], device=model.device).T
+        known = slice(0, max(b[3] for b in batch))
+        cache.kv[:, :, place, :, known] = cache.kv[:, :, donor, :, known]
+        cache.state[2:, place] = torch.stack([length, noise])
+        forward(place, new, start, length - start - 1, max(b[4] for b in batch))
+
+    def forward(rows, ids: torch.Tensor, start: torch.Tensor, last, reach: int) -> None:
+        """Tokens ids (B, t) go into rows from `start` (B,) on; the one after number `last` (B,) is sampled."""
+        (B, t), device, cache.rows, cache.reach = ids.shape, ids.device, rows, reach
+        cache.index = torch.arange(len(cache.token), device=device)[rows]
+        cache.at = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)
+        behind = torch.arange(reach, device=device) > cache.at[:, None, :, None]
+        mask = torch.where(behind, -math.inf, 0.0).to(model.dtype)  # (B, 1, t, reach)
+        if t > 1:  # the queries of a key head stand behind each other
+            mask = mask.repeat(1, 1, model.config.num_attention_heads // model.config.num_key_value_heads, 1)
+        how = {"position_ids": cache.at, "attention_mask": mask, "use_cache": False, "oel_rows": cache}
+        hidden = model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
+        cache.used[rows] = start + last + 1
+        key = mix(cache.noise[rows] + (cache.used[rows] - cache.born[rows]) * 0x632BE5AB)
+        logits = hidden[torch.arange(B, device=device), last] @ head.T  # (B, V)
+        cache.token[rows] = pick(logits, key, temperature, top_k, top_p)
+
+    def decode(n: int, reach: int) -> None:
+        """Of n rows the newest token goes in, and the next comes out; where a reply has ended, for nothing."""
+        forward(slice(0, n), cache.token[:n, None], cache.used[:n], 0, reach)
+
+    def step() -> None:
+        """Decode all rows in use, up to the longest one's last token, in few sizes: few graphs, aligned reads."""
+        n = min(1 << (len(live) - 1).bit_length(), len(cache.token)) if graphs else len(live)
+        longest, unit = max(len(r[2].ids) + len(r[3]) + 1 for r in live if r), 256 if cuda else 32
+        sizes = n, min(-(-longest // unit) * unit, cache.length)
+        if not graphs or sizes not in graph_of:  # the first time is for all that initializes itself late
+            graph_of[sizes] = None
+            return decode(*sizes)
+        if graph_of[sizes] is None:
+            graph_of[sizes] = record(decode, sizes, next((g.pool() for g in graph_of.values() if g), None))
+        graph_of[sizes].replay()
+
+    def retire(tokens: list[int]) -> None:
+        """Add each row's newest token to its reply; where that ends it, advance its generator."""
+        for row, token in enumerate(tokens):
+            if live[row]:
+                i, turn, request, reply = live[row]
+                reply.append(token)
+                if token in stop_ids or len(reply) == request.max_new_tokens:
+                    live[row] = None
+                    advance(i, turn + 1, Response(reply, "stop" if token in stop_ids else "length"))
+        if not waiting and sum(map(bool, live)) <= 3 * len(live) // 4:
+            move(cache)
 
     with sampling_mode(model), bar:
-        for i in reversed(range(n)):  # the first one ends up first in line
+        for i in reversed(range(len(generators))):  # the first one ends up first in line
             advance(i, 0, None)
-        while True:
-            if batch := next_batch():
-                prefill(batch)
-            if not cache.n:
-                return results
-            sampled += cache.n
-            bar.set_postfix_str(f"{sampled / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
-            retire()
-            if cache.n:  # one decoding step: every row's newest token goes in, and the next one comes out
-                cache.start_step(max(len(r.ids) + len(reply) for _, _, r, reply in live))
-                everyone = slice(0, cache.n)
-                hidden = forward(cache.token[everyone, None], cache.used[everyone, None])
-                cache.used[everyone] += 1
-                choose(hidden[:, 0], everyone)
+        while any(live) or waiting:
+            if waiting:
+                admit()
+            newest = cache.token[: len(live)].clone().to("cpu", non_blocking=True)
+            copied = torch.cuda.current_stream().record_event() if cuda else None
+            if ahead:  # the next tokens are made while these are looked at; for nothing where a reply ends
+                step()
+            if cuda:
+                copied.synchronize()
+            retire(newest.tolist())
+            if any(live) and not ahead:
+                step()
+    return results
 
 
-def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, seed=0, **more):
-    """One reply to each prompt: list of token ids -> list[Response].
-
-    `max_new_tokens` is a number or a list of them; temperature 0 is greedy; more options as in `drive`.
-    """
+def sample(model, prompts: list[list[int]], *, max_new_tokens: int | list[int], **how) -> list[Response]:
+    """One reply to each prompt, given as token ids, with one limit or one for each; more options as in `drive`."""
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
 
     def ask(request: Request):
         return (yield request)
 
-    asked = [ask(Request(ids, limit)) for ids, limit in zip(prompts, limits, strict=True)]
-    more.update(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    return drive(model, asked, stop_ids=stop_ids, **more)
+    return drive(model, [ask(Request(*asked)) for asked in zip(prompts, limits, strict=True)], **how)
 
 
+# --- deploy: the user side; with evaluate, all that plays ---------------------------------------------------
 def settings(policy: Policy, cfg: Config, seed: int, truncate: bool, desc: str | None = None) -> dict:
     """How a phase samples: lessons, their episodes and evaluation truncate; logs and students do not."""
     nucleus = {"top_p": cfg.top_p, "top_k": cfg.top_k} if truncate else {}
     return dict(stop_ids=policy.stop_ids, vocab_size=policy.vocab_size, temperature=cfg.temperature, seed=seed,
-                rows=cfg.rows, desc=desc, **nucleus)  # fmt: skip
+                rows=cfg.rows, graphs=cfg.graphs, desc=desc, **nucleus)  # fmt: skip
 
 
-# --- deploy: the user side; with evaluate, all that plays ---------------------------------------------------
 def make_game(cfg: Config, variant: str = "", seed: int = 0):
     """A game, or its variant "unseen" or "renamed"; None where the game has no such variant."""
     from envs import GAMES  # here, because extract and consolidate need no environment
@@ -633,10 +639,9 @@ class ReverseKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(grad_hidden.dtype)
-        return (grad_hidden * scale).to(grad_hidden.dtype), None, grad_weight, *[None] * 5
+        dtype, grads = ctx.saved_tensors[0].dtype, ctx.saved_tensors
+        hidden, weight = (None if grad is None else (grad * scale).to(dtype) for grad in grads)
+        return hidden, None, weight, *[None] * 5
 
 
 def reverse_kl(
@@ -649,11 +654,11 @@ def reverse_kl(
     No gradient flows into the teacher, and logits (N, V) are never stored whole. `top_k` is the authors' sum
     over the student's top tokens, `forward` makes it KL(teacher || student). ValueError if the shapes do not fit.
     """
+    given = student_hidden, teacher_hidden, student_weight, teacher_weight
     if len(student_hidden) != len(teacher_hidden) or len(student_weight) != len(teacher_weight):
-        shapes = [tuple(x.shape) for x in (student_hidden, teacher_hidden, student_weight, teacher_weight)]
+        shapes = [tuple(x.shape) for x in given]
         raise ValueError(f"student and teacher differ in positions or in vocabulary: {shapes}")
-    weights = student_weight, teacher_weight
-    return ReverseKL.apply(student_hidden, teacher_hidden, *weights, temperature, top_k, forward, chunk)
+    return ReverseKL.apply(*given, temperature, top_k, forward, chunk)
 
 
 @dataclass
@@ -705,7 +710,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
             teacher_hidden, seen = response_hidden(teacher, [s.teacher_ids for s in batch], responses)
         student_hidden, predicted = response_hidden(student, [s.prompt_ids for s in batch], responses)
         assert torch.equal(seen, predicted), "student and teacher must score the same response ids"
-        heads = policy.head(student), policy.head(teacher)
+        heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]  # (V, D)
         how = {"top_k": cfg.kl_top_k, "forward": cfg.distill == "off-policy"}
         kl = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, **how)
         (kl / n_tokens).backward()  # Eq. 2
@@ -735,7 +740,15 @@ def consolidate(
     if cfg.checkpointing:  # under its new name or its old one; it acts in training mode only
         old = getattr(policy.model, "gradient_checkpointing_enable", None)
         getattr(policy.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    for step in range(1 + load_state(state, policy, optimizer), cfg.steps + 1):
+    done = 0
+    if state and state.exists():  # go on where a consolidation was stopped
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        done = saved["step"]
+        optimizer.load_state_dict(saved["optimizer"])
+        for master, weight in zip(policy.master, saved["master"], strict=True):
+            master.data.copy_(weight)
+        policy.copy_master()
+    for step in range(done + 1, cfg.steps + 1):
         began = time.perf_counter()
         # 1. logged prompts, each with one list drawn at random for the teacher
         batch = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
@@ -763,7 +776,9 @@ def consolidate(
         on_step(step, {"loss": loss, "grad_norm": grad_norm, "tokens": n_tokens, "replies": len(samples),
                        "seconds": seconds, "tokens_per_second": n_tokens / seconds})  # fmt: skip
         if state and step % cfg.save_every == 0 and step < cfg.steps:
-            save_state(state, step, policy, optimizer)
+            with atomic(state) as part:
+                saved = {"master": [p.detach() for p in policy.master], "optimizer": optimizer.state_dict()}
+                torch.save({"step": step, **saved}, part)
     policy.model.eval()
 
 
@@ -798,9 +813,9 @@ def pass_rate(trajectories: list[dict]) -> float | None:
 def evaluate(policy: Policy, cfg: Config, seed: int) -> tuple[dict, list[dict]]:
     """The metrics of a policy on held-out levels, and the trajectories behind its pass rate.
 
-    pass_rate (with its Wilson interval), reply_tokens and the rates, all three per reply, are of plain
-    episodes; unseen_pass_rate of a variant never trained on (4x4 boards); forgetting_pass_rate of games with
-    other letters whose rules stand in the prompt, which a policy that can still read goes on winning.
+    pass_rate (with its Wilson interval), reply_tokens and the rates are of plain episodes; unseen_pass_rate of
+    a variant never trained on (4x4 boards); forgetting_pass_rate of games with other letters whose rules stand
+    in the prompt, which a policy that can still read goes on winning.
     """
     n, played = cfg.probe_games, play_held_out(policy, cfg, cfg.eval_games, seed)
     total = {key: sum(t["outcome"][key] for t in played) for key in played[0]["outcome"]}
@@ -862,24 +877,6 @@ def save_model(path: Path, policy: Policy) -> None:
         policy.tokenizer.save_pretrained(part)
 
 
-def save_state(path: Path, step: int, policy: Policy, optimizer) -> None:
-    with atomic(path) as part:
-        weights = [p.detach() for p in policy.master]
-        torch.save({"step": step, "master": weights, "optimizer": optimizer.state_dict()}, part)
-
-
-def load_state(path: Path | None, policy: Policy, optimizer) -> int:
-    """Put a consolidation back to where its state was saved; return the number of steps it had made."""
-    if path is None or not path.exists():
-        return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    for master, weight in zip(policy.master, saved["master"], strict=True):
-        master.data.copy_(weight)
-    policy.copy_master()
-    return saved["step"]
-
-
 # --- main -------------------------------------------------------------------------------------------------
 def run(cfg: Config) -> list[dict]:
     """The algorithm at the top of this file, with a record of everything; returns the rows of metrics.jsonl.
@@ -900,7 +897,10 @@ def run(cfg: Config) -> list[dict]:
         raise UsageError(f"--experience {cfg.experience}: the file is empty; it should hold lessons")
     done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
     source = str(out / f"round{done}/model") if done else cfg.model
-    policy = load_policy(source, find_device(cfg.device), cfg.thinking)
+    device = find_device(cfg.device)
+    if cfg.graphs and device.type != "cuda":
+        raise UsageError(f"--graphs replays CUDA graphs, and this is a {device.type} device: leave it out")
+    policy = load_policy(source, device, cfg.thinking)
     with atomic(out / "config.json") as part:
         part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
     metrics, steps = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "steps.jsonl")

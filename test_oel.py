@@ -10,11 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -849,16 +852,37 @@ def draw_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 UNEQUAL = draw_prompts([1, 37, 5, 90, 2, 33, 64])
 
 
+class Graph:
+    """Stands in for a CUDA graph: replays the step that it was made of, with the same sizes."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, step, sizes, pool):
+        assert (pool is None) == (not self.made), "graphs share the memory of the first"
+        self.replay, self.pool = (lambda: step(*sizes)), (lambda: "pool")
+        self.made.append(sizes)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.setattr(oel, "record", Graph)
+    Graph.made.clear()
+    return Graph.made
+
+
+AHEAD = {"rows": 3, "ahead": True}
+
+
 # --- oel: the sampler against transformers' generate ------------------------------------------------------
-@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("how", [{"rows": 1}, {"rows": 3}, {"rows": 64}, AHEAD, {**AHEAD, "graphs": True}])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
-def test_greedy_replies_are_those_of_generate(kind, rows):
+def test_greedy_replies_are_those_of_generate(kind, how, graphs):
     """A position or a mask off by one for some row, a bias or norm left out, another row's cache."""
     model = make_model(kind)
     limits = [40, 3, 17, 1, 25, 9, 40]
     free = [plain_greedy(model, ids, 40) for ids in UNEQUAL]
     stops = {free[0][30], free[2][4], free[5][2]}  # three stop ids, at different depths
-    replies = greedy(model, UNEQUAL, limits, stops, rows=rows)
+    replies = greedy(model, UNEQUAL, limits, stops, **how)
     for ids, limit, reply in zip(UNEQUAL, limits, replies, strict=True):
         assert reply.ids == plain_greedy(model, ids, limit, stops)
         assert reply.finish == ("stop" if reply.ids[-1] in stops else "length")
@@ -866,16 +890,61 @@ def test_greedy_replies_are_those_of_generate(kind, rows):
     assert {reply.finish for reply in replies} == {"stop", "length"}
 
 
-def test_the_cache_grows_while_replies_go_on():
-    """A cache that is made larger for a long request and loses what the live rows had in it."""
+@pytest.mark.parametrize("how", [{"rows": 2}, {"rows": 2, "ahead": True, "graphs": True}])
+def test_the_cache_grows_while_replies_go_on(how, graphs):
+    """A cache that is made larger for a long request and loses what the live rows had in it; an old graph."""
     model = make_model(num_hidden_layers=1)
     asked, limits = draw_prompts([3, 5, 300, 4, 700, 250]), [60, 20, 12, 30, 6, 12]
-    replies = greedy(model, asked, limits, rows=2)
+    replies = greedy(model, asked, limits, **how)
     for ids, limit, reply in zip(asked, limits, replies, strict=True):
         assert reply.ids == plain_greedy(model, ids, limit)
 
 
-def test_each_generator_gets_its_own_replies_turn_after_turn():
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_what_prompts_share_is_read_once(rows):
+    """An experience read again for every prompt; or a prefix taken from a row that has been given away since."""
+    model, read = make_model(), []
+    shared, other, *ends = draw_prompts([150, 90, 4, 1, 9, 2, 30, 7])
+    asked = [shared + end for end in ends] + [other + end for end in ends[::-1]] + [shared, shared]
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    replies = greedy(model, asked, [5, 9, 2, 14, 3, 6, 8] * 2, rows=rows)
+    padded = sum(B * t for B, t in read if t > 1)
+    assert len(replies) == 14 and padded < (600 if rows < 8 else 1200) < sum(map(len, asked)) - 400
+    for ids, limit, reply in zip(asked, [5, 9, 2, 14, 3, 6, 8] * 2, replies, strict=True):
+        assert reply.ids == plain_greedy(model, ids, limit)
+
+
+def test_a_graph_is_made_for_few_sizes_and_asks_nothing_of_the_device(graphs, monkeypatch):
+    """A step that waits for the GPU cannot be recorded; one graph for every number of rows would fill memory."""
+    model, forbidden = make_model(), ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select")
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert not any(name in str(function) for name in forbidden), function
+            return function(*args, **(kwargs or {}))
+
+    class Watched(Graph):
+        def replay(self):
+            with Watch():
+                self.step()
+
+        def __init__(self, step, sizes, pool):
+            super().__init__(step, sizes, pool)
+            self.step, self.replay = self.replay, partial(Watched.replay, self)
+
+    monkeypatch.setattr(oel, "record", Watched)
+    more = {"top_p": 0.9, "top_k": 20, "temperature": 0.8, "stop_ids": {7}, "max_new_tokens": 40}
+    asked = draw_prompts([3, 9, 27, 5, 14, 2, 50, 33, 8, 21])
+    found = oel.sample(model, asked, rows=7, graphs=True, ahead=True, **more)
+    assert [reply.ids for reply in found] == [reply.ids for reply in oel.sample(model, asked, rows=7, **more)]
+    assert len(set(graphs)) == len(graphs) and {n for n, _ in graphs} <= {1, 2, 4, 7}
+    assert all(reach % 32 == 0 for _, reach in graphs)
+
+
+@pytest.mark.parametrize("how", [{"rows": 2}, {"rows": 2, "ahead": True}])
+def test_each_generator_gets_its_own_replies_turn_after_turn(how):
     """Results out of order, or a reply sent to the generator that now has its row."""
     model, asked, lengths = make_model(), {}, [2, 40, 9, 21, 5]
 
@@ -893,7 +962,7 @@ def test_each_generator_gets_its_own_replies_turn_after_turn():
         yield
 
     talks = [talk(0), talk(1), silent(), *(talk(i) for i in (2, 3, 4))]
-    results = oel.drive(model, talks, stop_ids=(), temperature=0, rows=2)
+    results = oel.drive(model, talks, stop_ids=(), temperature=0, **how)
     assert results.pop(2) == "asked nothing" and [i for i, _ in results] == [0, 1, 2, 3, 4]
     for i, replies in results:
         assert replies == [plain_greedy(model, *asked[i, turn]) for turn in range(1 + i % 3)]
@@ -1956,7 +2025,7 @@ STOPS = [
     ("save_model", 1),
     ("evaluate", 1),
     ("deploy", 2),  # the second round
-    ("save_state", 1),
+    ("distill", 2),
     ("distill", 1),
     ("evaluate", 1),
 ]

@@ -190,14 +190,14 @@ def prefetched(tokenizer, chunk: int, index: int):
 
 
 # --- training ---------------------------------------------------------------------------------------------
-def new_model(tokenizer) -> Qwen3ForCausalLM:
+def new_model(tokenizer, layers: int) -> Qwen3ForCausalLM:
     torch.manual_seed(SEED)
     stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -285,7 +285,7 @@ def compiled_or_not(function):
     return call
 
 
-def train(steps: int, run: Path, out: Path) -> None:
+def train(steps: int, layers: int, run: Path, out: Path) -> None:
     logging.disable_progress_bar()
     run.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -294,7 +294,7 @@ def train(steps: int, run: Path, out: Path) -> None:
         build_tokenizer().save_pretrained(run / "tokenizer.tmp")
         os.replace(run / "tokenizer.tmp", tokenizer_path)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    model = new_model(tokenizer).to(device)
+    model = new_model(tokenizer, layers).to(device)
     optimizers = new_optimizers(model)
     at = {"step": 0, "chunk": 0, "index": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
     if state_path.exists():
@@ -453,13 +453,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded default policy, or report on it.")
     parser.add_argument("--report", action="store_true", help="measure the policy in --out instead")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps in all")
+    parser.add_argument("--layers", type=int, default=6, help="another number needs another --run and --out")
     parser.add_argument("--run", type=Path, default=HERE.parent / "runs" / "tiny-pretrain")
     parser.add_argument("--out", type=Path, default=HERE, help="where the Hugging Face files go")
     args = parser.parse_args()
     if args.report:
         report(args.out)
+    elif args.layers != 6 and args.out == HERE:
+        parser.error(
+            "a policy of another size would replace the embedded one: give it a folder with --run and --out"
+        )
     else:
-        train(args.steps, args.run, args.out)
+        train(args.steps, args.layers, args.run, args.out)
 
 
 if __name__ == "__main__":
