@@ -149,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         may_be_zero = f.name in ("seed", "rounds", "top_k", "kl_top_k", "eval_every", "weight_decay", "lr")
         most = 1 if f.name == "top_p" else sys.float_info.max
         if f.type in (int, float) and not (0 < value <= most or value == 0 and may_be_zero):
-            wanted = ("0 or more" if may_be_zero else "more than 0") + ", 1 at most" * (most == 1)
+            wanted = ("0 or more" if may_be_zero else "more than 0") + (", 1 at most" if most == 1 else "")
             parser.error(f"--{f.name.replace('_', '-')} is {value}: it must be {wanted}")
     return cfg
 
@@ -262,7 +262,7 @@ class Response:
 
 
 class Rows:
-    """A KV cache of R rows of equal length, each with its own number of tokens."""
+    """A KV cache of R rows. `drive` sets where a pass writes (index, at) and what it sees (rows, reach)."""
 
     def __init__(self, model, rows: int, length: int):
         c, self.length = model.config, length
@@ -270,19 +270,19 @@ class Rows:
         shape = (2, c.num_hidden_layers, rows, c.num_key_value_heads, length, head_dim)  # 2: keys and values
         # zeros, not garbage: what lies behind the mask is multiplied by 0, and NaN * 0 is NaN
         self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        # A row: its newest token (not in the cache yet), tokens in the cache, prompt length, noise key.
+        # A row: its newest token (not in the cache yet), tokens in the cache, those of its prompt, noise key.
         self.state = torch.zeros(4, rows, dtype=torch.long, device=model.device)
-        self.token, self.used, self.born, self.noise = self.state
+        self.token, self.used, self.asked, self.noise = self.state
         self.prompts = np.full((rows, length), -1)  # the ids of each row's prompt
 
     def take(self, old: "Rows", rows: list[int]) -> None:
-        """Copy some rows of a cache that is not longer, this one even, to the front."""
+        """Copy rows of a cache, this very one or one that is not longer, to the first rows of this one."""
         self.kv[:, :, : len(rows), :, : old.length] = old.kv[:, :, rows]
         self.state[:, : len(rows)] = old.state[:, rows]
         self.prompts[: len(rows), : old.length] = old.prompts[rows]
 
     def most_alike(self, ids: np.ndarray) -> tuple[int, int]:
-        """The row whose prompt begins most like `ids`, and how many tokens they share: the last is not counted."""
+        """The row whose prompt begins most like `ids`, and how many need not be read: never the last one."""
         shared = (self.prompts[:, : len(ids)] == ids).cumprod(1).sum(1)
         return int(shared.argmax()), min(int(shared.max()), len(ids) - 1)
 
@@ -296,8 +296,8 @@ class Rows:
 def attend(module, query, key, value, attention_mask, *, scaling, oel_rows, **kwargs):
     """Attention over Rows, called by the model's own layers while it samples.
 
-    query (B, Hq, t, head_dim), key and value (B, Hkv, t, head_dim), rotated -> (B, t, Hq, head_dim). The
-    Hq / Hkv queries that share a key head stand in for a longer sequence: keys are never copied.
+    query (B, Hq, t, head_dim), key and value (B, Hkv, t, head_dim) -> (B, t, Hq, head_dim). The Hq / Hkv queries
+    that share a key head stand in for a longer sequence: no key is repeated for them.
     """
     keys, values = oel_rows.store(module.layer_idx, key, value)
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
@@ -358,11 +358,11 @@ def check_fits(model, prompt: int, reply: int) -> None:
         raise UsageError(f"a prompt of {prompt} and a reply of {reply} tokens: the context holds {context}")
 
 
-def record(step: Callable, sizes: tuple[int, ...], pool):
+def record(decode: Callable, sizes: tuple[int, ...], pool):
     """A CUDA graph of a step whose sizes are fixed: all of its kernels start with one call."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        step(*sizes)
+        decode(*sizes)
     return graph
 
 
@@ -371,22 +371,22 @@ def drive(
     seed: int = 0, rows: int = 64, vocab_size: int | None = None, desc: str | None = None,
     ahead: bool | None = None, graphs: bool = False,
 ) -> list:  # fmt: skip
-    """Run generators that yield Requests and are sent Responses; return what they return, in order.
+    """Run generators that yield Requests and are sent Responses; return what they return. Its loop is at the end.
 
     Continuous batching: while some replies go on, new prompts are read into the rows of those that ended, from
     where they differ from the prompt in any row (an earlier turn of the episode, the same experience). A
-    reply's noise depends on (seed, which generator, which of its requests), on nothing else. `ahead` (on CUDA)
-    decodes before it has seen which replies ended, `graphs` replays decoding steps as CUDA graphs. UsageError
+    reply's noise depends on (seed, which generator, which of its requests), on nothing else. `ahead` (default: on
+    CUDA) decodes before it has seen which replies ended, `graphs` replays decoding steps as CUDA graphs. UsageError
     for a request that is empty or does not fit the model's context.
     """
-    results, waiting = [None] * len(generators), []  # (generator, turn, request) next in line, last first
+    results, waiting = [None] * len(generators), []  # (generator, turn, request); the last is next in line
     live = []  # of each row in use: (generator, turn, request, reply so far), or None once the reply has ended
     head, cuda = model.get_output_embeddings().weight[:vocab_size], model.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(model.device)[0] if cuda else 12 << 30
-    budget = free // 4 // Rows(model, 1, 1).kv.nbytes  # tokens; while a cache grows, the old one stays
-    ahead, need, cache, graph_of = cuda if ahead is None else ahead, 1, Rows(model, 0, 0), {}
+    torch.cuda.empty_cache()  # nothing to do without CUDA
+    memory = torch.cuda.mem_get_info(model.device)[0] if cuda else 12 << 30  # bytes
+    budget = memory // 4 // Rows(model, 1, 1).kv.nbytes  # tokens; old and new cache coexist
+    ahead = cuda if ahead is None else ahead
+    need, cache, graph_of = 1, Rows(model, 0, 0), {}  # tokens a row is to hold; the rows; sizes -> graph
     bar = tqdm(total=len(generators), desc=desc, leave=False, disable=desc is None, mininterval=0.5)
 
     def advance(i: int, turn: int, response: Response | None) -> None:
@@ -409,64 +409,64 @@ def drive(
         live[:], cache = filter(None, live), target
 
     def admit() -> None:
-        """Read prompts into free rows, as soon as an eighth of them is free, and sample their first tokens."""
+        """Read prompts into free rows, once over an eighth is free or all can enter; sample their first tokens."""
         most = max(1, min(rows, len(generators), budget // need))  # rows that fit, each of `need` tokens
-        if most - sum(map(bool, live)) < min(len(waiting), 1 + most // 8 * any(live)):
+        if any(live) and most - sum(map(bool, live)) < min(len(waiting), most // 8 + 1):
             return
-        if need > cache.length or most > len(cache.token):
-            move(Rows(model, most, need))
+        if need > cache.length:
             graph_of.clear()
+            move(Rows(model, most, need))
             bar.set_postfix_str(f"{most} rows of {need} tokens", refresh=False)
-        # The very first prompt is read alone; what the others share with it is not read again.
-        limit, batch, widest = 16384 * bool(live), [], 0  # padded tokens
+        # Into an empty cache one prompt is read alone: the others then share with it.
+        limit, batch, widest = 16384 if live else 0, [], 0  # padded tokens
         live.extend([None] * (most - len(live)))
-        free = [row for row, taken in enumerate(live) if not taken]
-        while waiting and free:
+        vacant = [row for row, taken in enumerate(live) if not taken]
+        while waiting and vacant:
             ids = np.array(waiting[-1][2].ids)
             donor, shared = cache.most_alike(ids)
             widest = max(widest, len(ids) - shared)
             if batch and widest * (len(batch) + 1) > limit:
                 break
-            place = donor if donor in free else free[0]
-            free.remove(place)
+            place = donor if donor in vacant else vacant[0]
+            vacant.remove(place)
             batch.append((ids, place, donor, shared, len(ids), derive_seed(seed, *waiting[-1][:2])))
             live[place] = (*waiting.pop(), [])
         for ids, place, *_ in batch:
             cache.prompts[place] = -1
             cache.prompts[place, : len(ids)] = ids
-        new = pad_sequence([torch.from_numpy(b[0][b[3] :]) for b in batch], batch_first=True).to(model.device)
-        place, donor, start, length, noise = torch.tensor([b[1:] for b in batch], device=model.device).T
-        known = slice(0, max(b[3] for b in batch))
-        cache.kv[:, :, place, :, known] = cache.kv[:, :, donor, :, known]
-        cache.state[2:, place] = torch.stack([length, noise])
-        forward(place, new, start, length - start - 1, max(b[4] for b in batch))
+        new = pad_sequence([torch.from_numpy(ids[n:]) for ids, _, _, n, *_ in batch], batch_first=True)
+        places, donors, starts, lengths, noises = torch.tensor([b[1:] for b in batch], device=model.device).T
+        known, reach = slice(0, max(b[3] for b in batch)), -(-max(b[4] for b in batch) // 8) * 8
+        cache.kv[:, :, places, :, known] = cache.kv[:, :, donors, :, known]
+        cache.state[2:, places] = torch.stack([lengths, noises])
+        forward(places, new.to(model.device), starts, lengths - starts - 1, reach)
 
     def forward(rows, ids: torch.Tensor, start: torch.Tensor, last, reach: int) -> None:
-        """Tokens ids (B, t) go into rows from `start` (B,) on; the one after number `last` (B,) is sampled."""
+        """Read ids (B, t) into rows from position `start` (B,) on; sample what follows ids[b, last[b]]."""
         (B, t), device, cache.rows, cache.reach = ids.shape, ids.device, rows, reach
         cache.index = torch.arange(len(cache.token), device=device)[rows]
         cache.at = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)
-        behind = torch.arange(reach, device=device) > cache.at[:, None, :, None]
-        mask = torch.where(behind, -math.inf, 0.0).to(model.dtype)  # (B, 1, t, reach)
-        if t > 1:  # the queries of a key head stand behind each other
-            mask = mask.repeat(1, 1, model.config.num_attention_heads // model.config.num_key_value_heads, 1)
+        later = torch.arange(reach, device=device) > cache.at[:, None, :, None]
+        mask = torch.where(later, -math.inf, 0.0).to(model.dtype)  # (B, 1, t, reach)
+        repeat = model.config.num_attention_heads // model.config.num_key_value_heads if t > 1 else 1
+        mask = mask.repeat(1, 1, repeat, 1)  # as in attend: the queries of a key head one after the other
         how = {"position_ids": cache.at, "attention_mask": mask, "use_cache": False, "oel_rows": cache}
         hidden = model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
         cache.used[rows] = start + last + 1
-        key = mix(cache.noise[rows] + (cache.used[rows] - cache.born[rows]) * 0x632BE5AB)
+        key = mix(cache.noise[rows] + (cache.used[rows] - cache.asked[rows]) * 0x632BE5AB)
         logits = hidden[torch.arange(B, device=device), last] @ head.T  # (B, V)
         cache.token[rows] = pick(logits, key, temperature, top_k, top_p)
 
     def decode(n: int, reach: int) -> None:
-        """Of n rows the newest token goes in, and the next comes out; where a reply has ended, for nothing."""
+        """Read the newest token of each of n rows, sample the next; of rows whose reply ended nobody looks at it."""
         forward(slice(0, n), cache.token[:n, None], cache.used[:n], 0, reach)
 
     def step() -> None:
-        """Decode all rows in use, up to the longest one's last token, in few sizes: few graphs, aligned reads."""
+        """Decode all rows in use, as far as the longest reaches; sizes are rounded: few graphs, aligned reads."""
         n = min(1 << (len(live) - 1).bit_length(), len(cache.token)) if graphs else len(live)
         longest, unit = max(len(r[2].ids) + len(r[3]) + 1 for r in live if r), 256 if cuda else 32
         sizes = n, min(-(-longest // unit) * unit, cache.length)
-        if not graphs or sizes not in graph_of:  # the first time is for all that initializes itself late
+        if not graphs or sizes not in graph_of:  # the first time without: lazy set-up cannot be recorded
             graph_of[sizes] = None
             return decode(*sizes)
         if graph_of[sizes] is None:
@@ -482,16 +482,16 @@ def drive(
                 if token in stop_ids or len(reply) == request.max_new_tokens:
                     live[row] = None
                     advance(i, turn + 1, Response(reply, "stop" if token in stop_ids else "length"))
-        if not waiting and sum(map(bool, live)) <= 3 * len(live) // 4:
+        if not waiting and sum(map(bool, live)) <= 3 * len(live) // 4:  # stop decoding ended rows
             move(cache)
 
-    with sampling_mode(model), bar:
+    with torch.cuda.device(model.device if cuda else -1), sampling_mode(model), bar:  # -1: no change
         for i in reversed(range(len(generators))):  # the first one ends up first in line
             advance(i, 0, None)
         while any(live) or waiting:
             if waiting:
                 admit()
-            newest = cache.token[: len(live)].clone().to("cpu", non_blocking=True)
+            newest = cache.token[: len(live)].clone().to("cpu", non_blocking=cuda)
             copied = torch.cuda.current_stream().record_event() if cuda else None
             if ahead:  # the next tokens are made while these are looked at; for nothing where a reply ends
                 step()
@@ -503,19 +503,19 @@ def drive(
     return results
 
 
-def sample(model, prompts: list[list[int]], *, max_new_tokens: int | list[int], **how) -> list[Response]:
+def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int | list[int], **how) -> list[Response]:
     """One reply to each prompt, given as token ids, with one limit or one for each; more options as in `drive`."""
-    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompt_ids)
 
     def ask(request: Request):
         return (yield request)
 
-    return drive(model, [ask(Request(*asked)) for asked in zip(prompts, limits, strict=True)], **how)
+    return drive(model, [ask(Request(*asked)) for asked in zip(prompt_ids, limits, strict=True)], **how)
 
 
 # --- deploy: the user side; with evaluate, all that plays ---------------------------------------------------
 def settings(policy: Policy, cfg: Config, seed: int, truncate: bool, desc: str | None = None) -> dict:
-    """How a phase samples: lessons, their episodes and evaluation truncate; logs and students do not."""
+    """How a phase samples: lessons, their episodes and evaluation from a nucleus; logs and students from all."""
     nucleus = {"top_p": cfg.top_p, "top_k": cfg.top_k} if truncate else {}
     return dict(stop_ids=policy.stop_ids, vocab_size=policy.vocab_size, temperature=cfg.temperature, seed=seed,
                 rows=cfg.rows, graphs=cfg.graphs, desc=desc, **nucleus)  # fmt: skip
@@ -529,7 +529,7 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
         raise UsageError(f"--env {cfg.env}: there is no such game; there are {', '.join(GAMES)}")
     maker = getattr(GAMES[cfg.env], variant, None) if variant else GAMES[cfg.env]
     options = {"seed": seed} if variant == "renamed" else {}
-    options |= {"strict": True} if cfg.strict and cfg.thinking else {}  # no thought, no closing tag to await
+    options |= {"strict": True} if cfg.strict and cfg.thinking else {}  # no thought, no closing tag to come
     return maker and maker(**options)
 
 
@@ -624,7 +624,7 @@ class ReverseKL(torch.autograd.Function):
                 if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
                     kept = torch.zeros_like(d).scatter_(-1, logp.topk(min(top_k, d.shape[-1]), -1).indices, 1)
                     total += (p * d * kept).sum()
-                    d = (d + 1) * kept
+                    d = (d + 1) * kept  # + 1 from d log p, which only cancels if all are kept
                 else:
                     base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
                     d = d - base
@@ -688,7 +688,7 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Cut samples into batches of like length, of at most `budget` padded tokens on the teacher's side."""
+    """Cut samples into batches of like length: at most `budget` padded tokens for the teacher, or one sample."""
     batches = []
     for s in sorted(samples, key=lambda s: len(s.teacher_ids) + len(s.response_ids)):
         length = len(s.teacher_ids) + len(s.response_ids)  # the longest so far, since sorted
@@ -699,7 +699,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
 
 
 def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> float:
-    """The gradient step by hand: that of Eq. 2 over samples, left in the `.grad` of `policy.master`; the loss.
+    """The gradient of Eq. 2 over samples, by hand, into the `.grad` of `policy.master`; returns the loss.
 
     The loss is the mean over all response tokens of the samples, however they are cut into micro-batches.
     """
@@ -735,11 +735,11 @@ def consolidate(
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
     if len(logs) < cfg.steps * cfg.batch_episodes:
-        raise UsageError(f"{len(logs)} logged episodes: too few for {cfg.steps} x {cfg.batch_episodes}")
+        raise UsageError(f"{len(logs)} episodes: too few for {cfg.steps} x {cfg.batch_episodes}: lower steps")
     policy.model.train()  # checkpointing asks for it; these models have no dropout
     if cfg.checkpointing:  # under its new name or its old one; it acts in training mode only
-        old = getattr(policy.model, "gradient_checkpointing_enable", None)
-        getattr(policy.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        former = getattr(policy.model, "gradient_checkpointing_enable", None)
+        getattr(policy.model, "activation_checkpointing_enable", former)({"use_reentrant": False})
     done = 0
     if state and state.exists():  # go on where a consolidation was stopped
         saved = torch.load(state, map_location="cpu", weights_only=True)
@@ -758,11 +758,11 @@ def consolidate(
         told = [x if control else prompts.with_experience(x, draw.choice(experiences)) for x in logged]
         # 2. y ~ pi_theta(.|x): the student answers without the experience (off-policy: the teacher, with it)
         prompt_ids, teacher_ids = ([policy.encode(x) for x in texts] for texts in (logged, told))
+        check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
         author = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
         how = settings(policy, cfg, derive_seed(seed, step, 1), False, f"step {step}/{cfg.steps}")
         responses = sample(*author, max_new_tokens=cfg.reply_limit, **how)
         samples = [Sample(x, e_x, y.ids) for x, e_x, y in zip(prompt_ids, teacher_ids, responses)]
-        check_fits(teacher, max(len(s.teacher_ids) for s in samples), cfg.reply_limit)
         # 3. the gradient of the mean reverse KL, clipped, and one update
         loss = distill(policy, teacher, samples, cfg)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.master, cfg.clip).item()
@@ -929,7 +929,7 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
     from envs import level_seeds
 
     began, (play, read, log, learn) = time.perf_counter(), [derive_seed(cfg.seed, r, i) for i in range(4)]
-    # 1. and 2. every list reads episodes on the same levels, each played with its own noise
+    # 1. and 2. the same levels for every list, one list after the other; each episode has its own noise
     if not (folder / "experience").exists():
         levels = level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
         lists = [given] if given else []

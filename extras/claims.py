@@ -1,0 +1,430 @@
+"""The paper's claims on the embedded policy: every run behind them, one table, one figure.
+
+    python extras/claims.py            three seeds of everything, some hours on two cores; goes on where it stopped
+    python extras/claims.py --quick    one seed, one short round of each: under ten minutes, and only a first look
+
+Each setting is an ordinary run of `oel.py` in its own folder under runs/claims/ (see RUNS), so anything can be looked
+at and rerun by hand. What they printed goes, number by number, into assets/claims.csv; assets/claims.md is the table,
+assets/claims.svg the figure (which needs matplotlib). No run is left out, and none is chosen.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run, as many runs as cores
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import oel
+import prompts
+from envs import FrozenLake, level_seeds
+
+GAMES = ("frozenlake", "sokoban")
+RUNS = {  # name of a setting -> options of oel.py
+    **{f"{game}-thinking": ["--env", game] for game in GAMES},
+    **{f"{game}-no-thinking": ["--env", game, "--no-thinking"] for game in GAMES},
+    **{
+        f"{game}-{c}": ["--env", game, "--context", c, "--rounds", "1"]
+        for game in GAMES
+        for c in ("raw", "none")
+    },
+    **{
+        way: [
+            "--env",
+            "sokoban",
+            "--distill",
+            way,
+            "--rounds",
+            "1",
+            "--probe-games",
+            "512",
+            "--eval-every",
+            "3",
+        ]
+        for way in ("on-policy", "off-policy")
+    },
+    **{f"{game}-others-lessons": ["--env", game, "--rounds", "1"] for game in GAMES},  # and --extractor
+}
+QUICK = ["--rounds", "1", "--steps", "4", "--eval-games", "32", "--probe-games", "32", "--lists", "3"]
+EPISODES = (1, 2, 4, 8, 16)  # after how many episodes' lessons the in-context pass rate is taken
+
+
+# --- running ----------------------------------------------------------------------------------------------
+def start(folder: Path, setting: str, options: list[str]) -> str:
+    """One run of oel.py, or the rest of it, and what else is measured on it (more.json); its folder's name.
+
+    RuntimeError with the end of its log if it fails.
+    """
+    log, more = folder.with_suffix(".log"), folder / "more.json"
+    if not finished(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as out:
+            command = [sys.executable, str(HERE.parent / "oel.py"), "--out", str(folder), *options]
+            done = subprocess.run(command, check=False, stdout=out, stderr=out)
+        if done.returncode:
+            raise RuntimeError(f"{folder.name} failed: {log.read_text().splitlines()[-1]}")
+    if not more.exists():
+        found = accumulation(folder) if setting in ("frozenlake-thinking", "sokoban-thinking") else []
+        found += counterfactual(folder) if setting == "frozenlake-thinking" else []
+        with oel.atomic(more) as part:
+            part.write_text(json.dumps(found))
+    return folder.name
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has the last row that it will have."""
+    config, metrics = folder / "config.json", oel.read_jsonl(folder / "metrics.jsonl")
+    cfg = json.loads(config.read_text()) if config.exists() else {}
+    return bool(metrics) and (metrics[-1]["round"], metrics[-1]["step"]) == (cfg["rounds"], cfg["steps"])
+
+
+def ends(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl after whole rounds."""
+    cfg = json.loads((folder / "config.json").read_text())
+    return [row for row in oel.read_jsonl(folder / "metrics.jsonl") if row["step"] in (0, cfg["steps"])]
+
+
+def accumulation(folder: Path) -> list[tuple]:
+    """In-context pass rate after the lessons of k episodes in every list, before anything is learned."""
+    cfg = oel.Config(**json.loads((folder / "config.json").read_text()))
+    policy = oel.load_policy(cfg.model, oel.find_device(cfg.device), cfg.thinking)
+    play, read, evaluate = (oel.derive_seed(cfg.seed, *path) for path in ((1, 0), (1, 1), (0,)))
+    most = EPISODES[-1] if cfg.rounds > 1 else 4
+    trajectories = oel.deploy(policy, cfg, level_seeds("extraction", most, 0) * cfg.lists, play, True)
+    found = []
+    for k in (k for k in EPISODES if k <= most):
+        try:
+            lists = oel.extract(policy, cfg, [t for i, t in enumerate(trajectories) if i % most < k], read)
+        except oel.UsageError:  # no lesson in any
+            lists = []
+        lists += [None] * (cfg.lists - len(lists))  # a list without lessons plays without
+        played = oel.play_held_out(policy, cfg, cfg.eval_games, evaluate, experiences=lists)
+        found.append((1, 0, f"in_context_after_{k}_episodes", oel.pass_rate(played)))
+    return found
+
+
+def counterfactual(folder: Path) -> list[tuple]:
+    """Told that H is the goal and G a hole, where that is so: how often the first and the last policy win."""
+    cfg = oel.Config(**json.loads((folder / "config.json").read_text()))
+    found = []
+    for r, source in ((0, cfg.model), (cfg.rounds, str(folder / f"round{cfg.rounds}/model"))):
+        policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
+        games = [FrozenLake(hole="G", goal="H") for _ in range(cfg.eval_games)]
+        told = prompts.as_items(games[0].rules())
+        levels = level_seeds("held_out", len(games))
+        episodes = [oel.episode(policy, g, x, str(x), cfg.reply_limit, told) for g, x in zip(games, levels)]
+        how = oel.settings(policy, cfg, oel.derive_seed(cfg.seed, 0), truncate=True)
+        found.append(
+            (r, 0, "counterfactual_pass_rate", oel.pass_rate(oel.drive(policy.model, episodes, **how)))
+        )
+    return found
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+def found_in(folder: Path) -> list[tuple[int, int, str, float | None]]:
+    """The (round, step, metric, value) of one run."""
+    found = [tuple(one) for one in json.loads((folder / "more.json").read_text())]
+    for row in oel.read_jsonl(folder / "metrics.jsonl"):
+        for metric in ("pass_rate", "reply_tokens", "unseen_pass_rate", "forgetting_pass_rate"):
+            found.append((row["round"], row["step"], metric, row[metric]))
+        found.append((row["round"], row["step"], "in_context_pass_rate", row["in_context_pass_rate"]))
+    for before, after in itertools.pairwise(ends(folder)):
+        gains = [after[metric] - before["pass_rate"] for metric in ("in_context_pass_rate", "pass_rate")]
+        found.append((after["round"], after["step"], "in_context_gain", gains[0]))
+        found.append((after["round"], after["step"], "consolidated_gain", gains[1]))
+        if gains[0] > 0.1:  # where the lessons bring nothing, there is nothing to internalise
+            found.append((after["round"], after["step"], "internalised", gains[1] / gains[0]))
+    return found
+
+
+def numbers(root: Path, seeds: list[int]) -> list[dict]:
+    """Every number behind the claims, one a row."""
+    columns = ("setting", "seed", "round", "step", "metric", "value")
+    rows = []
+    for setting in RUNS:
+        for seed in seeds:
+            if (folder := root / f"{setting}-{seed}").exists():  # others' lessons need another policy
+                found = [f for f in found_in(folder) if f[-1] is not None]
+                rows += [dict(zip(columns, (setting, seed, *f), strict=True)) for f in found]
+    return rows
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean (standard deviation over seeds), as percentages."""
+    spread = f" ({statistics.stdev(values):.1%})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1%}{spread}" if values else "not measured"
+
+
+class Numbers:
+    """Mean and spread over seeds of what `numbers` found."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def values(
+        self, setting: str, metric: str, round: int | None = None, step: int | None = None
+    ) -> list[float]:
+        wanted = {"setting": setting, "metric": metric, "round": round, "step": step}
+        wanted = {key: value for key, value in wanted.items() if value is not None}
+        return [row["value"] for row in self.rows if all(row[key] == value for key, value in wanted.items())]
+
+    def mean(self, *where, **more) -> float | None:
+        values = self.values(*where, **more)
+        return statistics.mean(values) if values else None
+
+    def shown(self, *where, **more) -> str:
+        return mean_and_spread(self.values(*where, **more))
+
+    def rounds(self, setting: str) -> list[int]:
+        return sorted({row["round"] for row in self.rows if row["setting"] == setting})
+
+    def ends(self, setting: str, metric: str) -> list[str]:
+        """A metric after every round. The last step of a round is its end."""
+        shown = []
+        for r in self.rounds(setting):
+            steps = {row["step"] for row in self.rows if (row["setting"], row["round"]) == (setting, r)}
+            shown.append(self.shown(setting, metric, r, max(steps)))
+        return shown
+
+
+# --- the table --------------------------------------------------------------------------------------------
+def more(a: float | None, b: float | None) -> str:
+    """Whether one mean is larger than the other, by a point at least."""
+    if a is None or b is None:
+        return "not measured"
+    return "equal" if abs(a - b) < 0.01 else "yes" if a > b else "no"
+
+
+def table(n: Numbers) -> str:
+    """The claims as Markdown: the paper's figure, ours, and whether it held. Ours is mean (spread) over seeds."""
+    lines = ["| claim | setting | the paper | here | held |", "|---|---|---|---|---|"]
+
+    def add(claim: str, setting: str, paper: str, here: str, held: str) -> None:
+        lines.append(f"| {claim} | {setting} | {paper} | {here} | {held} |")
+
+    modes = [f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")]
+    for name in modes:
+        rates = [n.mean(name, "pass_rate", r) for r in n.rounds(name)]
+        rises = all(b > a or b >= 0.99 for a, b in itertools.pairwise(rates))
+        add("Pass rate rises every round (or is at 99%)", name, "yes, both games",
+            " → ".join(n.ends(name, "pass_rate")), "yes" if rises else "no")  # fmt: skip
+    for name in modes:
+        lengths = [n.mean(name, "reply_tokens", r) for r in n.rounds(name)]
+        add("Replies get shorter", name, "to about 70% in three rounds (Frozen Lake)",
+            " → ".join(f"{x:.1f}" for x in lengths) + f" tokens: to {lengths[-1] / lengths[0]:.0%}",
+            more(lengths[0] / lengths[-1], 1))  # fmt: skip
+    for game in GAMES:
+        names = {"lessons": f"{game}-thinking", "raw logs": f"{game}-raw", "nothing": f"{game}-none"}
+        for metric, claim, paper in [
+            ("in_context_pass_rate", "Lessons beat raw logs, in context", "18.2% against 10.9% (Sokoban)"),
+            ("pass_rate", "Lessons beat raw logs, consolidated", "21.4% against 7.8% (Sokoban)"),
+        ]:
+            here = ", ".join(f"{what} {n.shown(name, metric, 1)}" for what, name in names.items())
+            add(claim, f"{game}, round 1", paper, here,
+                more(*(n.mean(names[what], metric, 1) for what in ("lessons", "raw logs"))))  # fmt: skip
+    add("Off-policy distillation forgets, on-policy does not", "sokoban, one round, 512 games",
+        "IF-Eval stays at 66% to 67%; off-policy falls", *forgetting(n))  # fmt: skip
+    for game in GAMES:
+        own, other = f"{game}-thinking", f"{game}-others-lessons"
+        for metric, claim, paper in [
+            (
+                "in_context_pass_rate",
+                "Own lessons beat a bigger model's, in context",
+                "23.8% against 18.0% (Frozen Lake)",
+            ),
+            (
+                "pass_rate",
+                "Own lessons beat a bigger model's, consolidated",
+                "31.1% against 22.7% (Frozen Lake)",
+            ),
+        ]:
+            add(claim, f"{game}, round 1", paper, f"{n.shown(own, metric, 1)} against {n.shown(other, metric, 1)}",
+                more(n.mean(own, metric, 1), n.mean(other, metric, 1)))  # fmt: skip
+    for game in GAMES:
+        own = f"{game}-thinking"
+        measured = [k for k in EPISODES if n.values(own, f"in_context_after_{k}_episodes")]
+        curve = [n.mean(own, f"in_context_after_{k}_episodes") for k in measured]
+        shown = ", ".join(f"{k}: {n.shown(own, f'in_context_after_{k}_episodes')}" for k in measured)
+        flat = next((k for k, rate in zip(measured, curve, strict=True) if rate > max(curve) - 0.01), None)
+        add("Accumulation saturates: in context after k episodes", f"{game}, round 1", "rises, then levels off", shown,
+            f"yes, from {flat} on" if flat and 1 < flat < measured[-1] else "no: flat" if flat == 1 else "no")  # fmt: skip
+    papers = {
+        "frozenlake-thinking": "31.1% from 23.8% in context",
+        "sokoban-thinking": "21.4% from 18.2% in context",
+    }
+    for name in modes:
+        inside = [
+            n.shown(name, "internalised", r) for r in n.rounds(name)[1:] if n.values(name, "internalised", r)
+        ]
+        add("More is internalised than the lessons bring in context", f"{name}, by round", papers.get(name, "-"),
+            "(consolidated - base) / (in context - base): " + ", ".join(inside),
+            more(n.mean(name, "internalised", 1), 1))  # fmt: skip
+    name = "frozenlake-thinking"
+    first, last = (n.mean(name, "unseen_pass_rate", r) for r in (0, n.rounds(name)[-1]))
+    add("It learns rules, not boards: 4x4 boards, never trained on", name, "-",
+        " → ".join(n.ends(name, "unseen_pass_rate")), more(last, first))  # fmt: skip
+    told = [n.mean(name, "counterfactual_pass_rate", r) for r in (0, n.rounds(name)[-1])]
+    add("It still believes its prompt: H is the goal and G a hole, said and so", f"{name}, before → after", "-",
+        " → ".join(n.shown(name, "counterfactual_pass_rate", r) for r in (0, n.rounds(name)[-1])),
+        "not measured" if None in told else "yes" if told[1] > told[0] - 0.05 else "no")  # fmt: skip
+    return "\n".join(lines)
+
+
+def at_level(curve: list[tuple[float, float]], level: float) -> float:
+    """What was kept when a curve of (pass rate, kept) first passed a level, on the straight line between steps."""
+    for (rate, kept), (later, less) in itertools.pairwise(curve):
+        if later >= level:
+            share = (level - rate) / (later - rate) if later > rate else 1.0
+            return kept + min(1.0, max(0.0, share)) * (less - kept)
+    return curve[-1][1]
+
+
+def forgetting(n: Numbers) -> tuple[str, str]:
+    """The forgetting probe of both ways of distilling where they pass equally often, and at the end."""
+    equal, end, levels = {}, {}, []
+    for seed in sorted({row["seed"] for row in n.rows if row["setting"] == "on-policy"}):
+        curves = {}
+        for way in ("on-policy", "off-policy"):
+            rows = [row for row in n.rows if (row["setting"], row["seed"]) == (way, seed)]
+            values = {m: {row["step"]: row["value"] for row in rows if row["metric"] == m}
+                      for m in ("pass_rate", "forgetting_pass_rate")}  # fmt: skip
+            curves[way] = [
+                (values["pass_rate"][s], values["forgetting_pass_rate"][s])
+                for s in sorted(values["pass_rate"])
+            ]
+        levels.append(
+            min(max(rate for rate, _ in curve) for curve in curves.values())
+        )  # that both of them reach
+        for way, curve in curves.items():
+            equal.setdefault(way, []).append(at_level(curve, levels[-1]))
+            end.setdefault(way, []).append(curve[-1][1])
+    if not levels:
+        return "", "not measured"
+    here = f"where both pass {mean_and_spread(levels)}: " + ", ".join(
+        f"{way} {mean_and_spread(equal[way])} (at the end {mean_and_spread(end[way])})" for way in equal
+    )
+    return here, more(statistics.mean(equal["on-policy"]), statistics.mean(equal["off-policy"]))
+
+
+# --- the figure -------------------------------------------------------------------------------------------
+def draw(n: Numbers, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("claims.py: no figure: it needs matplotlib (pip install matplotlib)")
+        return
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.hashsalt": "oel", "font.size": 8, "axes.spines.top": False})
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.4), layout="constrained")
+    (rates, lengths, contexts), (forgets, accumulates, internalised) = axes
+    for i, name in enumerate(f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")):
+        rounds = n.rounds(name)
+        for panel, metric, scale in ((rates, "pass_rate", 1), (lengths, "reply_tokens", None)):
+            means = [n.mean(name, metric, r) for r in rounds]
+            low, high = ([f(n.values(name, metric, r)) for r in rounds] for f in (min, max))
+            scale = scale or means[0]
+            panel.plot(rounds, [x / scale for x in means], f"C{i}o-", markersize=3, label=name)
+            panel.fill_between(
+                rounds, [x / scale for x in low], [x / scale for x in high], color=f"C{i}", alpha=0.15
+            )
+    rates.set(title="pass rate by round", xticks=rounds, ylim=(-0.03, 1.03))
+    lengths.set(title="reply tokens, relative to round 0", xticks=rounds)
+    rates.legend(frameon=False, fontsize=7)
+    labels, places = [], []
+    for i, name in enumerate(f"{game}-{c}" for game in GAMES for c in ("thinking", "raw", "none")):
+        labels.append(name.replace("-thinking", "-lessons"))
+        places.append(i + i // 3)
+        for j, metric in enumerate(("in_context_pass_rate", "pass_rate")):
+            where = places[-1] + 0.4 * j - 0.2
+            contexts.bar(where, n.mean(name, metric, 1) or 0, 0.4, color=f"C{j}", alpha=0.7)
+            contexts.plot(
+                [where] * len(n.values(name, metric, 1)), n.values(name, metric, 1), "k.", markersize=3
+            )
+    contexts.set(title="round 1: in context (left), consolidated", ylim=(0, 1.03))
+    contexts.set_xticks(places, labels, rotation=30, ha="right")
+    for i, way in enumerate(("on-policy", "off-policy")):
+        for seed in sorted({row["seed"] for row in n.rows if row["setting"] == way}):
+            one = Numbers([row for row in n.rows if row["seed"] == seed])
+            steps = sorted({row["step"] for row in one.rows if row["setting"] == way})
+            line = [
+                [one.mean(way, metric, int(s > 0), s) for s in steps]
+                for metric in ("pass_rate", "forgetting_pass_rate")
+            ]
+            forgets.plot(*line, f"C{i}.-", linewidth=0.8, markersize=3, label=way if seed == 1 else None)
+    forgets.set(title="forgetting probe against pass rate, step by step", xlabel="pass rate")
+    if n.values("on-policy", "pass_rate"):
+        forgets.legend(frameon=False)
+    for i, game in enumerate(GAMES):
+        means = [n.mean(f"{game}-thinking", f"in_context_after_{k}_episodes") for k in EPISODES]
+        accumulates.plot(EPISODES, means, f"C{2 * i}o-", markersize=3, label=game)
+    accumulates.set(
+        title="in context after k episodes' lessons", xlabel="k", xticks=EPISODES, ylim=(-0.03, 1.03)
+    )
+    accumulates.legend(frameon=False)
+    for i, name in enumerate(f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")):
+        gains = [n.values(name, f"{kind}_gain") for kind in ("in_context", "consolidated")]
+        internalised.plot(*gains, f"C{i}o", markersize=4, alpha=0.6, label=name)
+    internalised.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+    internalised.set(title="gain of every round: in context (across), consolidated (up)")
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+# --- main -------------------------------------------------------------------------------------------------
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one seed and one short round of each setting")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N of every setting [3]")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time [all cores]"
+    )
+    parser.add_argument(
+        "--extractor", default="", help="another policy, whose lessons are compared with one's own"
+    )
+    parser.add_argument(
+        "--assets", type=Path, default=HERE.parent / "assets", help="where table and figure go"
+    )
+    args = parser.parse_args()
+    root = HERE.parent / "runs" / ("claims-quick" if args.quick else "claims")
+    seeds = [1] if args.quick else list(range(1, args.seeds + 1))
+    todo = []
+    for seed in seeds:
+        for name, options in RUNS.items():
+            if name.endswith("others-lessons"):
+                if not args.extractor:
+                    continue
+                options = [*options, "--extractor", args.extractor]
+            options = [*options, "--seed", str(seed), *(QUICK if args.quick else [])]
+            todo.append((root / f"{name}-{seed}", name, options))
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        try:
+            for done in concurrent.futures.as_completed([pool.submit(start, *one) for one in todo]):
+                print(f"done: {done.result()}", flush=True)
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(f"claims.py: {error}; the same command goes on from here")
+    rows = numbers(root, seeds)
+    text = f"Seeds {seeds[0]} to {seeds[-1]}, embedded policy, `python extras/claims.py`.\n\n{table(Numbers(rows))}\n"
+    print(text)
+    if args.quick:
+        return
+    args.assets.mkdir(exist_ok=True)
+    with (args.assets / "claims.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (args.assets / "claims.md").write_text(text)
+    draw(Numbers(rows), args.assets / "claims.svg")
+
+
+if __name__ == "__main__":
+    main()
