@@ -2303,6 +2303,29 @@ def test_the_table_over_seeds_is_their_mean_and_spread(tmp_path):
     assert failed.returncode == 1 and "has 0 of 1 rounds" in failed.stderr
 
 
+def test_the_page_of_a_run_shows_hostile_text_and_runs_none_of_it(whole, tmp_path):
+    """extras/report.py: markup in a reply or a lesson that becomes part of the page, or a control character."""
+    run = tmp_path / "run"
+    shutil.copytree(whole.out, run, ignore=shutil.ignore_patterns("model"))
+    hostile = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m <|im_end|>"
+    for file in run.glob("round*/held_out.jsonl"):
+        played = oel.read_jsonl(file)
+        for turn in played[0]["turns"]:
+            turn["response"] = turn["feedback"] = hostile
+        oel.write_jsonl(file, played)
+    (run / "round1/experience/00.txt").write_text(f"- EXPERIENCE ITEM: {hostile}\n")
+    report = os.path.join(os.path.dirname(oel.__file__), "extras", "report.py")
+    command = [sys.executable, report, str(run), "--no-heat-map"]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    page = (run / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page and "<img" not in page
+    assert "\x00" not in page and "\x1b" not in page and not re.search(r"(src|href)=.?(https?:|//)", page)
+    assert "Finished, 2 of 2 rounds" in page
+    (run / "metrics.jsonl").write_text('{"round": 0}\nnonsense\n')
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2 and "metrics.jsonl, line" in failed.stderr
+
+
 def test_the_embedded_policy_is_small():
     model = transformers.AutoModelForCausalLM.from_pretrained(oel.TINY)
     assert sum(p.numel() for p in model.parameters()) <= 5_000_000
