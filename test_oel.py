@@ -2303,6 +2303,34 @@ def test_the_table_over_seeds_is_their_mean_and_spread(tmp_path):
     assert failed.returncode == 1 and "has 0 of 1 rounds" in failed.stderr
 
 
+def test_forgetting_is_compared_where_both_pass_equally_often():
+    """extras/claims.py: off-policy, which learns faster, compared at its end with on-policy half-way."""
+    sys.path.insert(0, os.path.join(os.path.dirname(oel.__file__), "extras"))
+    import claims
+
+    def rows(setting, curve):
+        kinds = ("pass_rate", "forgetting_pass_rate")
+        return [
+            {"setting": setting, "seed": 1, "round": int(step > 0), "step": step, "metric": kind, "value": x}
+            for step, point in curve.items()
+            for kind, x in zip(kinds, point, strict=True)
+        ]
+
+    on = rows("on-policy", {0: (0.1, 1.0), 3: (0.5, 0.98), 6: (0.8, 0.96)})
+    off = rows("off-policy", {0: (0.1, 1.0), 3: (0.6, 0.8), 6: (1.0, 0.6)})
+    here, held = claims.forgetting(claims.Numbers(on + off))
+    assert (
+        here
+        == "where both pass 80.0%: on-policy 96.0% (at the end 96.0%), off-policy 70.0% (at the end 60.0%)"
+    )
+    assert held == "yes"
+    assert (
+        claims.forgetting(claims.Numbers(on + rows("off-policy", {0: (0.1, 1.0), 3: (0.8, 0.955)})))[1]
+        == "equal"
+    )
+    assert (claims.more(0.5, 0.6), claims.more(None, 1)) == ("no", "not measured")
+
+
 def test_the_page_of_a_run_shows_hostile_text_and_runs_none_of_it(whole, tmp_path):
     """extras/report.py: markup in a reply or a lesson that becomes part of the page, or a control character."""
     run = tmp_path / "run"
