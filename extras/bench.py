@@ -10,7 +10,6 @@ smaller ones; weights are random but for the embedded policy, which does not cha
 
 import argparse
 import contextlib
-import copy
 import os
 import random
 import statistics
@@ -33,7 +32,7 @@ from transformers.utils import logging
 import oel
 from envs import FrozenLake, level_seeds
 
-SIZES = (8, 16, 32, 64, 128)  # batch sizes that are tried
+SIZES = {"games": (32, 64, 128), "mixed": (8, 16), "experience": (16, 64)}  # batch sizes tried on a CPU
 
 
 # --- the contestants: each runs generators that yield Requests, and returns what they return ----------------
@@ -88,11 +87,11 @@ def continuous(model, generators, stop_ids, size):
     results, waiting = [None] * len(generators), {}
     ends = sorted(stop_ids) or [-1]
     config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=0, max_new_tokens=512)
-    how = ContinuousBatchingConfig(max_requests_per_batch=size)
-    if model.device.type == "cpu":  # where it cannot ask how much memory is free
-        how = ContinuousBatchingConfig(
-            max_requests_per_batch=size, num_blocks=256, max_batch_tokens=1024, page_size=64
-        )
+    how = {"max_requests_per_batch": size}
+    if model.device.type == "cpu":  # where it does not find out by itself how much memory is free: 2 GiB
+        how |= {"page_size": 64, "num_blocks": (2 << 30) // oel.Rows(model, 1, 1).kv.nbytes // 64}
+        how |= {"max_batch_tokens": 1024}
+    how = ContinuousBatchingConfig(**how)
 
     def advance(manager, i, response):
         try:
@@ -156,7 +155,7 @@ def mixed(device):
     model, (low, high), n = (
         random_qwen3(*shape, torch.bfloat16, device),
         (64, 1024) if cuda else (16, 256),
-        256 if cuda else 24,
+        256 if cuda else 16,
     )
     requests = []
     for _ in range(n):
@@ -250,13 +249,12 @@ def traffic(model, stop_ids, make, size) -> int:
 def compare(name: str, device, repeats: int) -> None:
     model, stop_ids, make = WORKLOADS[name](device)
     contestants, sizes, runs = dict(CONTESTANTS), {}, {}
-    model = copy.deepcopy(model)
-    n = len(make())
+    n, rows = len(make()), (64, 128, 256) if device.type == "cuda" else SIZES[name]
     print(f"\n{name}: {WORKLOADS[name].__doc__} {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{str(model.dtype)[6:]}, {n} sequences", flush=True)  # fmt: skip
     for label, contestant in list(contestants.items()):  # warm up, and find everyone's best batch size
         try:
-            tried = {s: timed(contestant, model, stop_ids, make, s) for s in SIZES if s < 2 * n}
+            tried = {s: timed(contestant, model, stop_ids, make, s) for s in rows}
         except Exception as error:  # noqa: BLE001 (whatever a peer cannot do here)
             print(f"{label} does not run here: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
             del contestants[label]
