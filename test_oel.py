@@ -2319,10 +2319,8 @@ def test_forgetting_is_compared_where_both_pass_equally_often():
     on = rows("on-policy", {0: (0.1, 1.0), 3: (0.5, 0.98), 6: (0.8, 0.96)})
     off = rows("off-policy", {0: (0.1, 1.0), 3: (0.6, 0.8), 6: (1.0, 0.6)})
     here, held = claims.forgetting(claims.Numbers(on + off))
-    assert (
-        here
-        == "where both pass 80.0%: on-policy 96.0% (at the end 96.0%), off-policy 70.0% (at the end 60.0%)"
-    )
+    assert here.startswith("where both pass 80.0%: on-policy 96.0%, at the end 96.0% passing 80.0%, off")
+    assert here.endswith("off-policy 70.0%, at the end 60.0% passing 100.0%")
     assert held == "yes"
     assert (
         claims.forgetting(claims.Numbers(on + rows("off-policy", {0: (0.1, 1.0), 3: (0.8, 0.955)})))[1]

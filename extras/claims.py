@@ -305,11 +305,13 @@ def forgetting(n: Numbers) -> tuple[str, str]:
         )  # that both of them reach
         for way, curve in curves.items():
             equal.setdefault(way, []).append(at_level(curve, levels[-1]))
-            end.setdefault(way, []).append(curve[-1][1])
+            end.setdefault(way, []).append(curve[-1])
     if not levels:
         return "", "not measured"
     here = f"where both pass {mean_and_spread(levels)}: " + ", ".join(
-        f"{way} {mean_and_spread(equal[way])} (at the end {mean_and_spread(end[way])})" for way in equal
+        f"{way} {mean_and_spread(equal[way])}, at the end {mean_and_spread([kept for _, kept in end[way]])} "
+        f"passing {mean_and_spread([rate for rate, _ in end[way]])}"
+        for way in equal
     )
     return here, more(statistics.mean(equal["on-policy"]), statistics.mean(equal["off-policy"]))
 
@@ -361,7 +363,7 @@ def draw(n: Numbers, path: Path) -> None:
                 for metric in ("pass_rate", "forgetting_pass_rate")
             ]
             forgets.plot(*line, f"C{i}.-", linewidth=0.8, markersize=3, label=way if seed == 1 else None)
-    forgets.set(title="forgetting probe against pass rate, step by step", xlabel="pass rate")
+    forgets.set(title="forgetting probe, by pass rate, step by step", xlabel="pass rate", ylim=(0.9, 1.005))
     if n.values("on-policy", "pass_rate"):
         forgets.legend(frameon=False)
     for i, game in enumerate(GAMES):
@@ -375,7 +377,7 @@ def draw(n: Numbers, path: Path) -> None:
         gains = [n.values(name, f"{kind}_gain") for kind in ("in_context", "consolidated")]
         internalised.plot(*gains, f"C{i}o", markersize=4, alpha=0.6, label=name)
     internalised.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    internalised.set(title="gain of every round: in context (across), consolidated (up)")
+    internalised.set(title="gain of a round: in context, consolidated (up)")
     figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
