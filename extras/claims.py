@@ -377,7 +377,7 @@ def draw(n: Numbers, path: Path) -> None:
         gains = [n.values(name, f"{kind}_gain") for kind in ("in_context", "consolidated")]
         internalised.plot(*gains, f"C{i}o", markersize=4, alpha=0.6, label=name)
     internalised.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    internalised.set(title="gain of a round: in context, consolidated (up)")
+    internalised.set(title="gain of each round", xlabel="in context", ylabel="consolidated")
     figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
