@@ -19,8 +19,8 @@ experience e; the teacher, the same model frozen at the start of the round, scor
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
 Both sides have the temperature at which y is sampled. The gradient is taken for fixed y: that theta changes which
-prefixes are visited is ignored, so the step is plain supervised learning on the student's own replies. Where this
-script departs from the authors' code, and why, is a table in README.md.
+prefixes are visited is ignored, so the step is plain supervised learning on the student's own replies. README.md
+has a table of where this script departs from the authors' code, and why.
 
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens, R rows of the KV cache.
 """
@@ -52,6 +52,7 @@ from transformers.utils.logging import disable_progress_bar
 import prompts
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
+FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add a model's when its test passes
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -103,7 +104,8 @@ class Config:
     eval_games: int = option(128, "held-out levels for the pass rate")
     probe_games: int = option(64, "levels for in-context, unseen and forgetting pass rates")
     eval_every: int = option(0, "also evaluate every so many steps of consolidation; 0: after rounds only")
-    rows: int = option(64, "replies that are sampled at the same time, memory permitting")
+    rows: int = option(0, "replies that are sampled at the same time; 0: what memory holds, 256 at most")
+    dtype: str = option("", "of the model (default: bfloat16 on CUDA)", ("bfloat16", "float32"))
     graphs: bool = option(False, "replay decoding steps as CUDA graphs (not tried on a GPU yet)")
 
 
@@ -146,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     cfg.out = cfg.out or f"runs/{name}-{cfg.env}-{cfg.seed}"
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        may_be_zero = f.name in ("seed", "rounds", "top_k", "kl_top_k", "eval_every", "weight_decay", "lr")
+        may_be_zero = f.default == 0 or f.name in ("seed", "rounds", "top_k", "weight_decay", "lr")
         most = 1 if f.name == "top_p" else sys.float_info.max
         if f.type in (int, float) and not (0 < value <= most or value == 0 and may_be_zero):
             wanted = ("0 or more" if may_be_zero else "more than 0") + (", 1 at most" if most == 1 else "")
@@ -164,8 +166,8 @@ def derive_seed(*parts: int) -> int:
 class Policy:
     """A model with its tokenizer: text in, text out.
 
-    `model` computes in bf16 on CUDA, in float32 elsewhere. `master` are its parameters in float32, the ones
-    that are optimized and saved (on a CPU the very same tensors): a step of 1e-6 would be lost in bf16.
+    `model` computes in bf16 on CUDA, in float32 elsewhere (--dtype). `master` are its parameters in float32, the
+    ones that are optimized and saved, or the very same tensors: a step of 1e-6 would be lost in bf16.
     """
 
     model: torch.nn.Module
@@ -197,8 +199,8 @@ def find_device(wanted: str = "") -> torch.device:
     return torch.device(wanted or there[0])
 
 
-def load_policy(source: str, device: torch.device, thinking: bool = True) -> Policy:
-    """Load a policy from a hub name or a folder: safetensors only, no remote code."""
+def load_policy(source: str, device: torch.device, thinking: bool = True, dtype: str = "") -> Policy:
+    """Load a policy from a hub name or a folder: safetensors only, no remote code. `dtype` is --dtype."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
@@ -212,7 +214,7 @@ def load_policy(source: str, device: torch.device, thinking: bool = True) -> Pol
         raise UsageError(f"the tokenizer of {source!r} has {vocab_size} ids, but its model only {ids}")
     model.eval().to(device)
     master = list(model.parameters())
-    if device.type == "cuda":
+    if (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":
         master = [p.detach() for p in master]
         for p in model.parameters():  # not model.to(bf16), which would round the rotary frequencies too
             p.data = p.data.to(torch.bfloat16)
@@ -222,27 +224,14 @@ def load_policy(source: str, device: torch.device, thinking: bool = True) -> Pol
 
 
 def check_supported(model) -> None:
-    """The sampler writes keys and values itself, so every layer must attend to all that came before."""
-    config, head = model.config, model.get_output_embeddings()
-
-    def has(*names: str) -> bool:
-        return any(getattr(config, name, None) for name in names)
-
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    slides = has("sliding_window") and getattr(config, "use_sliding_window", True)
+    """The sampler keeps keys and values itself: families tested against generate, with attention to all before."""
+    config = model.config
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    problems = {
-        "it is no decoder": config.is_encoder_decoder or head is None,
-        "its attention cannot be exchanged": not getattr(model, "_supports_attention_backend", False),
-        "its config names no key heads": not has("num_key_value_heads"),
-        "not all of its layers have full attention": layers != {"full_attention"} or slides,
-        "it is a mixture of experts": has("num_experts", "num_local_experts", "n_routed_experts"),
-        f"its {rope} rotary embedding changes with the length": rope in ("dynamic", "longrope"),
-        "its logits are capped or scaled": has("final_logit_softcapping", "logit_scale", "logits_scaling"),
-        "its head has a bias": getattr(head, "bias", None) is not None,
-    }
-    if refused := [problem for problem, found in problems.items() if found]:
-        raise UsageError(f"{type(model).__name__} is not supported: {', '.join(refused)}; try Qwen3 or Llama")
+    if config.model_type not in FAMILIES or slides or rope in ("dynamic", "longrope"):
+        what = f"sliding window {slides or None}, rotary embedding {rope}"
+        raise UsageError(f"{type(model).__name__} ({what}) is not supported: the sampler was tried with full "
+                         f"attention and a fixed rotary embedding, in {', '.join(FAMILIES)}")  # fmt: skip
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
@@ -275,11 +264,12 @@ class Rows:
         self.token, self.used, self.asked, self.noise = self.state
         self.prompts = np.full((rows, length), -1)  # the ids of each row's prompt
 
-    def take(self, old: "Rows", rows: list[int]) -> None:
-        """Copy rows of a cache, this very one or one that is not longer, to the first rows of this one."""
-        self.kv[:, :, : len(rows), :, : old.length] = old.kv[:, :, rows]
-        self.state[:, : len(rows)] = old.state[:, rows]
-        self.prompts[: len(rows), : old.length] = old.prompts[rows]
+    def take(self, row: int, old: "Rows", source: int, n: int) -> None:
+        """Copy n tokens of a row of a cache, this very one or another, to a row of this one."""
+        self.kv[:, :, row, :, :n] = old.kv[:, :, source, :, :n]
+        self.state[:, row] = old.state[:, source]
+        self.prompts[row, :n] = old.prompts[source, :n]
+        self.prompts[row, n:] = -1
 
     def most_alike(self, ids: np.ndarray) -> tuple[int, int]:
         """The row whose prompt begins most like `ids`, and how many need not be read: never the last one."""
@@ -368,16 +358,15 @@ def record(decode: Callable, sizes: tuple[int, ...], pool):
 
 def drive(
     model, generators: list[Generator], *, stop_ids, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    seed: int = 0, rows: int = 64, vocab_size: int | None = None, desc: str | None = None,
+    seed: int = 0, rows: int = 0, vocab_size: int | None = None, desc: str | None = None,
     ahead: bool | None = None, graphs: bool = False,
 ) -> list:  # fmt: skip
     """Run generators that yield Requests and are sent Responses; return what they return. Its loop is at the end.
 
     Continuous batching: while some replies go on, new prompts are read into the rows of those that ended, from
     where they differ from the prompt in any row (an earlier turn of the episode, the same experience). A
-    reply's noise depends on (seed, which generator, which of its requests), on nothing else. `ahead` (default: on
-    CUDA) decodes before it has seen which replies ended, `graphs` replays decoding steps as CUDA graphs. UsageError
-    for a request that is empty or does not fit the model's context.
+    reply's noise depends on (seed, which generator, which of its requests) alone. `ahead` (default: on CUDA) decodes
+    before it is known which replies ended. UsageError for a request that does not fit the model's context.
     """
     results, waiting = [None] * len(generators), []  # (generator, turn, request); the last is next in line
     live = []  # of each row in use: (generator, turn, request, reply so far), or None once the reply has ended
@@ -403,43 +392,58 @@ def drive(
         need = max(need, -(-(len(request.ids) + request.max_new_tokens) // 256) * 256)
 
     def move(target: Rows) -> None:
-        """Live rows go to the front of a cache: this one, or a larger one that takes over."""
+        """Live rows go to the front of a larger cache that takes over, or of this one: the last fill the gaps."""
         nonlocal cache
-        target.take(cache, [row for row, taken in enumerate(live) if taken])
-        live[:], cache = filter(None, live), target
+        rows = [row for row, taken in enumerate(live) if taken]
+        if target is cache:
+            last = [row for row in rows if row >= len(rows)]
+            rows = [row if live[row] else last.pop() for row in range(len(rows))]
+        live[:] = [live[row] for row in rows]
+        for row, (source, (_, _, request, reply)) in enumerate(zip(rows, live, strict=True)):
+            if target is not cache or source != row:
+                target.take(row, cache, source, len(request.ids) + len(reply))
+        cache = target
 
     def admit() -> None:
         """Read prompts into free rows, once over an eighth is free or all can enter; sample their first tokens."""
-        most = max(1, min(rows, len(generators), budget // need))  # rows that fit, each of `need` tokens
+        most = max(1, min(rows or 256, len(generators), budget // need))  # that many fit
         if any(live) and most - sum(map(bool, live)) < min(len(waiting), most // 8 + 1):
             return
         if need > cache.length:
             graph_of.clear()
             move(Rows(model, most, need))
             bar.set_postfix_str(f"{most} rows of {need} tokens", refresh=False)
-        # Into an empty cache one prompt is read alone: the others then share with it.
-        limit, batch, widest = 16384 if live else 0, [], 0  # padded tokens
+        n = len(waiting) if live else 1  # into an empty cache one is read alone: the others share with it
         live.extend([None] * (most - len(live)))
-        vacant = [row for row, taken in enumerate(live) if not taken]
-        while waiting and vacant:
-            ids = np.array(waiting[-1][2].ids)
-            donor, shared = cache.most_alike(ids)
-            widest = max(widest, len(ids) - shared)
-            if batch and widest * (len(batch) + 1) > limit:
-                break
-            place = donor if donor in vacant else vacant[0]
-            vacant.remove(place)
-            batch.append((ids, place, donor, shared, len(ids), derive_seed(seed, *waiting[-1][:2])))
-            live[place] = (*waiting.pop(), [])
-        for ids, place, *_ in batch:
-            cache.prompts[place] = -1
-            cache.prompts[place, : len(ids)] = ids
-        new = pad_sequence([torch.from_numpy(ids[n:]) for ids, _, _, n, *_ in batch], batch_first=True)
-        places, donors, starts, lengths, noises = torch.tensor([b[1:] for b in batch], device=model.device).T
-        known, reach = slice(0, max(b[3] for b in batch)), -(-max(b[4] for b in batch) // 8) * 8
-        cache.kv[:, :, places, :, known] = cache.kv[:, :, donors, :, known]
-        cache.state[2:, places] = torch.stack([lengths, noises])
-        forward(places, new.to(model.device), starts, lengths - starts - 1, reach)
+        vacant, new = [row for row, taken in enumerate(live) if not taken], []
+        for _ in range(min(n, len(vacant))):
+            i, turn, request = waiting.pop()
+            donor, shared = cache.most_alike(np.array(request.ids))
+            row = donor if donor in vacant else vacant[0]
+            vacant.remove(row)
+            live[row] = (i, turn, request, [])
+            new.append((row, donor, shared))
+        for row, donor, shared in reversed(new):  # a donor is copied before its own row is given away
+            if row != donor:
+                cache.take(row, cache, donor, shared)
+        read(sorted((len(live[row][2].ids) - shared, shared, row) for row, _, shared in new))
+
+    def read(new: list[tuple[int, int, int]]) -> None:
+        """Read the rest of new prompts, each (tokens to read, from where, row); like lengths share a pass."""
+        while new:
+            width = np.array(new)[:, 0]  # rising; a pass pads all to its last, by no more than a tenth and 64
+            fits = width * range(1, len(new) + 1) <= np.minimum(1.1 * width.cumsum() + 64, 16384)
+            n = max(1, int(fits.cumprod().sum()))
+            rest, texts = [], [live[row][2].ids for _, _, row in new[:n]]
+            for text, (_, start, row) in zip(texts, new):
+                rest.append(torch.tensor(text[start:]))
+                cache.prompts[row] = text + [-1] * (cache.length - len(text))
+            _, start, rows = torch.tensor(new[:n], device=model.device).T
+            known = [(len(text), derive_seed(seed, *live[row][:2])) for text, (_, _, row) in zip(texts, new)]
+            cache.state[2:, rows] = torch.tensor(known, device=model.device).T  # asked and noise
+            ids, reach = pad_sequence(rest, batch_first=True), -(-max(map(len, texts)) // 8) * 8
+            forward(rows, ids.to(model.device), start, cache.asked[rows] - start - 1, reach)
+            new = new[n:]
 
     def forward(rows, ids: torch.Tensor, start: torch.Tensor, last, reach: int) -> None:
         """Read ids (B, t) into rows from position `start` (B,) on; sample what follows ids[b, last[b]]."""
@@ -482,7 +486,7 @@ def drive(
                 if token in stop_ids or len(reply) == request.max_new_tokens:
                     live[row] = None
                     advance(i, turn + 1, Response(reply, "stop" if token in stop_ids else "length"))
-        if not waiting and sum(map(bool, live)) <= 3 * len(live) // 4:  # stop decoding ended rows
+        if not waiting and not all(live):  # stop decoding ended rows
             move(cache)
 
     with torch.cuda.device(model.device if cuda else -1), sampling_mode(model), bar:  # -1: no change
@@ -552,16 +556,15 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
         counts["reply_tokens"] += len(response.ids)
         counts["truncated"] += response.finish == "length"
         counts["unclosed"] += "<think>" in reply and "</think>" not in reply
-    invalid = getattr(game, "invalid_moves", 0)
-    outcome = {"won": bool(game.won), "turns": len(turns), "invalid": invalid, **counts}
-    return {"id": name, "turns": turns, "outcome": outcome}
+    counts["invalid"] = getattr(game, "invalid_moves", 0)
+    return {"id": name, "turns": turns, "outcome": {"won": bool(game.won), "turns": len(turns), **counts}}
 
 
 def deploy(policy: Policy, cfg: Config, levels: list[int], seed: int, truncate: bool) -> list[dict]:
     """Play an episode on the level of each seed in `levels`, without experience; return the trajectories."""
     limit = cfg.reply_limit
-    episodes = [episode(policy, make_game(cfg), x, f"{i}-level{x}", limit) for i, x in enumerate(levels)]
-    return drive(policy.model, episodes, **settings(policy, cfg, seed, truncate, "deploy"))
+    plays = [episode(policy, make_game(cfg), x, f"{i}-level{x}", limit) for i, x in enumerate(levels)]
+    return drive(policy.model, plays, **settings(policy, cfg, seed, truncate, "deploy"))
 
 
 # --- extract: text in, text out ---------------------------------------------------------------------------
@@ -656,8 +659,7 @@ def reverse_kl(
     """
     given = student_hidden, teacher_hidden, student_weight, teacher_weight
     if len(student_hidden) != len(teacher_hidden) or len(student_weight) != len(teacher_weight):
-        shapes = [tuple(x.shape) for x in given]
-        raise ValueError(f"student and teacher differ in positions or in vocabulary: {shapes}")
+        raise ValueError(f"student and teacher do not fit each other: {[tuple(x.shape) for x in given]}")
     return ReverseKL.apply(*given, temperature, top_k, forward, chunk)
 
 
@@ -813,9 +815,7 @@ def pass_rate(trajectories: list[dict]) -> float | None:
 def evaluate(policy: Policy, cfg: Config, seed: int) -> tuple[dict, list[dict]]:
     """The metrics of a policy on held-out levels, and the trajectories behind its pass rate.
 
-    pass_rate (with its Wilson interval), reply_tokens and the rates are of plain episodes; unseen_pass_rate of
-    a variant never trained on (4x4 boards); forgetting_pass_rate of games with other letters whose rules stand
-    in the prompt, which a policy that can still read goes on winning.
+    Unseen is a variant never trained on (4x4 boards); forgetting: other letters, whose rules stand in the prompt.
     """
     n, played = cfg.probe_games, play_held_out(policy, cfg, cfg.eval_games, seed)
     total = {key: sum(t["outcome"][key] for t in played) for key in played[0]["outcome"]}
@@ -900,7 +900,7 @@ def run(cfg: Config) -> list[dict]:
     device = find_device(cfg.device)
     if cfg.graphs and device.type != "cuda":
         raise UsageError(f"--graphs replays CUDA graphs, and this is a {device.type} device: leave it out")
-    policy = load_policy(source, device, cfg.thinking)
+    policy = load_policy(source, device, cfg.thinking, cfg.dtype)
     with atomic(out / "config.json") as part:
         part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
     metrics, steps = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "steps.jsonl")
@@ -935,9 +935,9 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
         lists = [given] if given else []
         if not given and cfg.context != "none":
             played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, play, True)
-            writer = cfg.extractor and load_policy(cfg.extractor, policy.model.device, cfg.thinking)
-            lists = extract(writer or policy, cfg, played, read)
-            del writer  # its memory is wanted for consolidation
+            coach = load_policy(cfg.extractor, policy.model.device, cfg.thinking) if cfg.extractor else policy
+            lists = extract(coach, cfg, played, read)
+            del coach  # its memory is wanted for consolidation
         with atomic(folder / "experience") as part:
             part.mkdir()
             for i, experience in enumerate(lists):

@@ -32,7 +32,7 @@ from transformers.utils import logging
 import oel
 from envs import FrozenLake, level_seeds
 
-SIZES = {"games": (32, 64, 128), "mixed": (8, 16), "experience": (16, 64)}  # batch sizes tried on a CPU
+SIZES = {"games": (32, 64, 128), "mixed": (6, 12), "experience": (16, 64)}  # batch sizes tried on a CPU
 
 
 # --- the contestants: each runs generators that yield Requests, and returns what they return ----------------
@@ -155,7 +155,7 @@ def mixed(device):
     model, (low, high), n = (
         random_qwen3(*shape, torch.bfloat16, device),
         (64, 1024) if cuda else (16, 256),
-        256 if cuda else 16,
+        256 if cuda else 12,
     )
     requests = []
     for _ in range(n):
