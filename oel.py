@@ -19,8 +19,7 @@ experience e; the teacher, the same model frozen at the start of the round, scor
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
 Both sides have the temperature at which y is sampled. The gradient is taken for fixed y: that theta changes which
-prefixes are visited is ignored, so the step is plain supervised learning on the student's own replies. README.md
-has a table of where this script departs from the authors' code, and why.
+prefixes are visited is ignored, so the step is plain supervised learning on the student's own replies.
 
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens, R rows of the KV cache.
 """
@@ -32,7 +31,9 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import random
+import runpy
 import shutil
 import sys
 import tempfile
@@ -43,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -62,23 +64,22 @@ def option(default, help: str, choices: tuple | None = None):
 
 @dataclass
 class Config:
-    """Everything that can be set, on the command line too. Defaults: the paper's for Qwen3-1.7B."""
+    """The options: run, how the policy writes, extraction, consolidation, evaluation. Defaults: for Qwen3-1.7B."""
 
     model: str = option(str(TINY), "hub name or folder of the policy")
-    env: str = option("frozenlake", "game to play: frozenlake or sokoban")
+    env: str = option("frozenlake", "frozenlake, sokoban, or a class of your own: FILE.py:CLASS")
+    logs: str = option("", "JSONL file of trajectories to learn from instead; nothing is played")
     out: str = option("", "run folder (default: runs/MODEL-ENV-SEED)")
     seed: int = option(1, "seed of everything that is drawn")
     rounds: int = option(3, "rounds of deploy, extract, consolidate")
     device: str = option("", "cuda, mps or cpu (default: the first that is there)")
     smoke: bool = option(False, "one very small round on the named model, to see that everything runs")
-    # how the policy writes
     thinking: bool = option(True, "let the policy reason before it answers, if its template has the switch")
     reply_limit: int = option(1024, "new tokens in one reply of a game")
     temperature: float = option(0.7, "of every sample, and of both sides of the KL (section 4.1)")
     top_p: float = option(0.8, "nucleus for extraction and evaluation; logged prompts and students use none")
     top_k: int = option(20, "likewise")
     strict: bool = option(False, "ignore actions inside the reasoning, so a thought cut off makes no move")
-    # extraction
     lists: int = option(10, "independently sampled experience lists a round")
     episodes: int = option(15, "episodes that each list is folded over, on the same levels for every list")
     form: str = option("free", "form of the lessons", ("free", "items"))
@@ -88,7 +89,6 @@ class Config:
     experience: str = option("", "file with lessons to consolidate instead of extracting any")
     extractor: str = option("", "another model to write the lessons (default: the policy itself)")
     context: str = option("items", "what the teacher reads: lessons, logs, nothing", ("items", "raw", "none"))
-    # consolidation
     distill: str = option("on-policy", "who answers: student or teacher", ("on-policy", "off-policy"))
     steps: int = option(20, "optimizer steps a round")
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
@@ -100,7 +100,6 @@ class Config:
     micro_tokens: int = option(8192, "padded tokens of one forward and backward pass")
     checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     save_every: int = option(10, "steps between states that a killed consolidation resumes from")
-    # evaluation
     eval_games: int = option(128, "held-out levels for the pass rate")
     probe_games: int = option(64, "levels for in-context, unseen and forgetting pass rates")
     eval_every: int = option(0, "also evaluate every so many steps of consolidation; 0: after rounds only")
@@ -145,7 +144,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if name not in PRESETS:
         print(f"no preset for {name}: using the settings of Qwen3-1.7B")
     cfg = Config(**{**PRESETS.get(name, {}), **(SMOKE if typed.get("smoke") else {}), **typed})
-    cfg.out = cfg.out or f"runs/{name}-{cfg.env}-{cfg.seed}"
+    cfg.rounds = 1 if cfg.logs else cfg.rounds
+    cfg.out = cfg.out or f"runs/{name}-{Path(cfg.logs or cfg.env.split(':')[-1]).stem}-{cfg.seed}"
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         may_be_zero = f.default == 0 or f.name in ("seed", "rounds", "top_k", "weight_decay", "lr")
@@ -204,12 +204,12 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 (whatever is wrong with the files)
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
     check_supported(model)
     vocab_size, ids = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
-    if tokenizer.chat_template is None:
-        raise UsageError(f"the tokenizer of {source!r} has no chat template: OEL needs a chat model")
+    if tokenizer.chat_template is None or not tokenizer.encode("OEL", add_special_tokens=False):
+        raise UsageError(f"the tokenizer of {source!r} lacks chat template or vocabulary: take a chat model")
     if vocab_size > ids:
         raise UsageError(f"the tokenizer of {source!r} has {vocab_size} ids, but its model only {ids}")
     model.eval().to(device)
@@ -218,9 +218,9 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
         master = [p.detach() for p in master]
         for p in model.parameters():  # not model.to(bf16), which would round the rotary frequencies too
             p.data = p.data.to(torch.bfloat16)
-    stops = model.generation_config.eos_token_id if model.generation_config else None
-    stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
-    return Policy(model, tokenizer, master, frozenset(stops - {None}), vocab_size, thinking)
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    return Policy(model, tokenizer, master, frozenset(stops), vocab_size, thinking)
 
 
 def check_supported(model) -> None:
@@ -235,9 +235,8 @@ def check_supported(model) -> None:
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
-# Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs
-# any number of them at once. When a reply ends, its generator moves on at once and its next prompt takes a
-# free row, so a long reply never holds up the others.
+# Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs any
+# number of them at once: when a reply ends, its generator moves on, and its next prompt takes a free row.
 @dataclass
 class Request:
     ids: list[int]  # the prompt
@@ -268,8 +267,7 @@ class Rows:
         """Copy n tokens of a row of a cache, this very one or another, to a row of this one."""
         self.kv[:, :, row, :, :n] = old.kv[:, :, source, :, :n]
         self.state[:, row] = old.state[:, source]
-        self.prompts[row, :n] = old.prompts[source, :n]
-        self.prompts[row, n:] = -1
+        self.prompts[row, : old.length] = old.prompts[source]
 
     def most_alike(self, ids: np.ndarray) -> tuple[int, int]:
         """The row whose prompt begins most like `ids`, and how many need not be read: never the last one."""
@@ -284,10 +282,9 @@ class Rows:
 
 
 def attend(module, query, key, value, attention_mask, *, scaling, oel_rows, **kwargs):
-    """Attention over Rows, called by the model's own layers while it samples.
+    """Attention over Rows for the model's own layers: query (B, Hq, t, head_dim) -> (B, t, Hq, head_dim).
 
-    query (B, Hq, t, head_dim), key and value (B, Hkv, t, head_dim) -> (B, t, Hq, head_dim). The Hq / Hkv queries
-    that share a key head stand in for a longer sequence: no key is repeated for them.
+    The Hq / Hkv queries that share a key head stand in for a longer sequence: no key is repeated for them.
     """
     keys, values = oel_rows.store(module.layer_idx, key, value)
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
@@ -298,25 +295,10 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_rows, **kw
 AttentionInterface.register("oel", attend)
 
 
-@contextlib.contextmanager
-def sampling_mode(model):
-    """Evaluation mode, no gradients, our attention; afterwards everything is as it was."""
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    model.set_attn_implementation("oel")
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.set_attn_implementation(attention)
-        model.train(training)
-
-
 def mix(x: torch.Tensor) -> torch.Tensor:
     """Scramble 32-bit numbers held in int64 (the finalizer of MurmurHash3)."""
     low = 0xFFFFFFFF
-    x = x & low
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & low
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x85EBCA6B & low
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & low
     return x ^ (x >> 16)
 
@@ -407,7 +389,7 @@ def drive(
     def admit() -> None:
         """Read prompts into free rows, once over an eighth is free or all can enter; sample their first tokens."""
         most = max(1, min(rows or 256, len(generators), budget // need))  # that many fit
-        if any(live) and most - sum(map(bool, live)) < min(len(waiting), most // 8 + 1):
+        if not waiting or any(live) and most - sum(map(bool, live)) < min(len(waiting), most // 8 + 1):
             return
         if need > cache.length:
             graph_of.clear()
@@ -451,9 +433,9 @@ def drive(
         cache.index = torch.arange(len(cache.token), device=device)[rows]
         cache.at = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)
         later = torch.arange(reach, device=device) > cache.at[:, None, :, None]
-        mask = torch.where(later, -math.inf, 0.0).to(model.dtype)  # (B, 1, t, reach)
         repeat = model.config.num_attention_heads // model.config.num_key_value_heads if t > 1 else 1
-        mask = mask.repeat(1, 1, repeat, 1)  # as in attend: the queries of a key head one after the other
+        # as in attend, the queries of a key head one after the other: (B, 1, repeat * t, reach)
+        mask = torch.where(later, -math.inf, 0.0).to(model.dtype).repeat(1, 1, repeat, 1)
         how = {"position_ids": cache.at, "attention_mask": mask, "use_cache": False, "oel_rows": cache}
         hidden = model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
         cache.used[rows] = start + last + 1
@@ -489,12 +471,15 @@ def drive(
         if not waiting and not all(live):  # stop decoding ended rows
             move(cache)
 
-    with torch.cuda.device(model.device if cuda else -1), sampling_mode(model), bar:  # -1: no change
+    with contextlib.ExitStack() as undo, torch.inference_mode(), bar:
+        undo.enter_context(torch.cuda.device(model.device if cuda else -1))  # -1: no change
+        undo.callback(model.train, model.training)  # afterwards the model is as it was
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+        model.eval().set_attn_implementation("oel")
         for i in reversed(range(len(generators))):  # the first one ends up first in line
             advance(i, 0, None)
         while any(live) or waiting:
-            if waiting:
-                admit()
+            admit()
             newest = cache.token[: len(live)].clone().to("cpu", non_blocking=cuda)
             copied = torch.cuda.current_stream().record_event() if cuda else None
             if ahead:  # the next tokens are made while these are looked at; for nothing where a reply ends
@@ -529,9 +514,11 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
     """A game, or its variant "unseen" or "renamed"; None where the game has no such variant."""
     from envs import GAMES  # here, because extract and consolidate need no environment
 
-    if cfg.env not in GAMES:
-        raise UsageError(f"--env {cfg.env}: there is no such game; there are {', '.join(GAMES)}")
-    maker = getattr(GAMES[cfg.env], variant, None) if variant else GAMES[cfg.env]
+    file, _, name = cfg.env.rpartition(":")
+    games = runpy.run_path(file) if file else GAMES
+    if name not in games:
+        raise UsageError(f"--env {cfg.env}: no game {name}; there are {', '.join(GAMES)}, and FILE.py:CLASS")
+    maker = getattr(games[name], variant, None) if variant else games[name]
     options = {"seed": seed} if variant == "renamed" else {}
     options |= {"strict": True} if cfg.strict and cfg.thinking else {}  # no thought, no closing tag to come
     return maker and maker(**options)
@@ -580,10 +567,9 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 
 
 def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) -> list[str]:
-    """`cfg.lists` experience lists, each from its own equal share of the trajectories, all at the same time.
-
-    A list in which nothing was written is left out; if that is all of them, it is a UsageError.
-    """
+    """`cfg.lists` lists, each from its own equal share of the trajectories, all at the same time; empty ones go."""
+    if cfg.extractor:
+        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking)
     share = -(-len(trajectories) // cfg.lists)
     shares = [trajectories[i : i + share] for i in range(0, len(trajectories), share)]
     if cfg.context == "raw":
@@ -592,9 +578,8 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) ->
     else:
         folds = [lesson_list(policy, cfg, part) for part in shares]
         lists = drive(policy.model, folds, **settings(policy, cfg, seed, truncate=True, desc="extract"))
-    if cfg.smoke and not any(lists):
-        print("smoke: no lesson in so few tokens; a made-up one stands in, to see that the rest runs")
-        lists = [prompts.as_items(["Look at the board before every move."])]
+    if cfg.smoke:  # so few tokens hold no lesson; a made-up one stands in, to see that the rest runs
+        lists.append(prompts.as_items(["Look at the board before every move."]))
     if not any(lists):
         raise UsageError(f"no lesson in any of {len(lists)} lists (form {cfg.form!r}): try --form free, a larger "
                          "--experience-budget or another model")  # fmt: skip
@@ -605,10 +590,9 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) ->
 class ReverseKL(torch.autograd.Function):
     """Sum over positions of KL(p || q), p = softmax(h_s W_s^T / T), q likewise of the teacher; see reverse_kl.
 
-    With d = log p - log q, the gradient by the student's logits is p_j (d_j - sum_i p_i d_i) / T. Where the
-    student is all but certain, d_j and the sum cancel to the last digit; d is therefore measured from its
-    value at the likeliest token, which changes neither difference nor KL. Logits and gradients exist for one
-    chunk of positions at a time: the forward pass computes both, the backward pass hands them out.
+    With d = log p - log q, the gradient by the student's logits is p_j (d_j - sum_i p_i d_i) / T. Where it is all but
+    certain, d_j and the sum cancel to the last digit, so d is measured from its value at the likeliest token. Logits
+    and gradients exist for a chunk of positions at a time: `forward` computes both, `backward` hands them out.
     """
 
     @staticmethod
@@ -653,9 +637,8 @@ def reverse_kl(
 ) -> torch.Tensor:  # fmt: skip
     """KL(student || teacher) summed over N positions, in nats: the inner sum of Eq. 2, exact over V.
 
-    Hidden states (N, D) and head weights (V, D); both sides at one temperature, that of the student's samples.
-    No gradient flows into the teacher, and logits (N, V) are never stored whole. `top_k` is the authors' sum
-    over the student's top tokens, `forward` makes it KL(teacher || student). ValueError if the shapes do not fit.
+    Hidden states (N, D), head weights (V, D), the temperature of the student's samples; the teacher gets no
+    gradient. `top_k`: the authors' sum over the student's top tokens; `forward`: KL(teacher || student).
     """
     given = student_hidden, teacher_hidden, student_weight, teacher_weight
     if len(student_hidden) != len(teacher_hidden) or len(student_weight) != len(teacher_weight):
@@ -672,31 +655,42 @@ class Sample:
     response_ids: list[int]
 
 
-def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]]):
+def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], shared: int = 0):
     """Hidden states (N, D) from which each response token is predicted, and those tokens (N,).
 
-    Padding is on the right, where causal attention never looks. Which positions count is known from lengths
-    alone, never from a padding or stop id, so a sampled stop token is learned like any other.
+    Padding is on the right, where causal attention never looks. Which positions count is known from lengths, not
+    from ids: a sampled stop token is learned like any other. The first `shared` tokens are read once for all.
     """
-    full = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
+    decoder, known = model.get_decoder(), None
+    if shared:
+        prefix = torch.tensor([prompt_ids[0][:shared]], device=model.device)
+        known = decoder(input_ids=prefix, use_cache=True).past_key_values
+        known.batch_repeat_interleave(len(prompt_ids))
+    full = [prompt[shared:] + reply for prompt, reply in zip(prompt_ids, response_ids, strict=True)]
     ids = torch.zeros(len(full), max(map(len, full)), dtype=torch.long)  # (B, T)
     counts = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, tokens) in enumerate(zip(prompt_ids, full, strict=True)):
+    for row, (tokens, reply) in enumerate(zip(full, response_ids, strict=True)):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-        counts[row, len(prompt) - 1 : len(tokens) - 1] = True  # position t predicts token t + 1
-    predicted = ids.roll(-1, 1)[counts]
-    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    return hidden[counts.to(model.device)], predicted  # (B, T, D) -> (N, D)
+        counts[row, len(tokens) - len(reply) - 1 : len(tokens) - 1] = True  # position t predicts token t + 1
+    hidden = decoder(input_ids=ids.to(model.device), past_key_values=known, use_cache=shared > 0)[0]
+    return hidden[counts.to(model.device)], ids.roll(-1, 1)[counts]  # (B, T, D) -> (N, D)
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Cut samples into batches of like length: at most `budget` padded tokens for the teacher, or one sample."""
-    batches = []
-    for s in sorted(samples, key=lambda s: len(s.teacher_ids) + len(s.response_ids)):
-        length = len(s.teacher_ids) + len(s.response_ids)  # the longest so far, since sorted
-        if not batches or (len(batches[-1]) + 1) * length > budget:
+    """Cut samples into batches of one experience and like length: of `budget` padded tokens, or one sample."""
+
+    def size(s: Sample) -> tuple[list[int], int]:
+        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]
+        # the teacher's prompt counts a quarter: its experience is read once for all, and no gradient needs it
+        return experience, max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
+
+    batches, former = [], None
+    for s in sorted(samples, key=size):
+        experience, width = size(s)
+        if experience != former or (len(batches[-1]) + 1) * width > budget:
             batches.append([])
         batches[-1].append(s)
+        former = experience
     return batches
 
 
@@ -707,10 +701,11 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     """
     student, n_tokens, loss = policy.model, sum(len(s.response_ids) for s in samples), 0.0
     for batch in micro_batches(samples, cfg.micro_tokens):
-        responses = [s.response_ids for s in batch]
+        asked, told, replies = zip(*[(s.prompt_ids, s.teacher_ids, s.response_ids) for s in batch])
+        shared = len(os.path.commonprefix([x[:-1] for x in told])) if len(batch) > 1 and asked != told else 0
         with torch.no_grad():
-            teacher_hidden, seen = response_hidden(teacher, [s.teacher_ids for s in batch], responses)
-        student_hidden, predicted = response_hidden(student, [s.prompt_ids for s in batch], responses)
+            teacher_hidden, seen = response_hidden(teacher, told, replies, shared)
+        student_hidden, predicted = response_hidden(student, asked, replies)
         assert torch.equal(seen, predicted), "student and teacher must score the same response ids"
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]  # (V, D)
         how = {"top_k": cfg.kl_top_k, "forward": cfg.distill == "off-policy"}
@@ -730,21 +725,23 @@ def consolidate(
 ) -> None:  # fmt: skip
     """On-policy context distillation (Eq. 2) of the experience lists into the policy's weights, in place.
 
-    Every step takes the next `cfg.batch_episodes` logged trajectories, answers each of their prompts once with
-    the weights of the moment, and updates once. `experiences=None` is the control in which the teacher knows
-    no more than the student. `state` is a file to resume from. FloatingPointError if the loss is not finite.
+    Every step answers each prompt of the next `cfg.batch_episodes` logged trajectories once and updates once.
+    `experiences=None` is a control: the teacher knows no more than the student. `state` is a file to resume from.
+    FloatingPointError if the loss is not finite.
     """
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
-    if len(logs) < cfg.steps * cfg.batch_episodes:
-        raise UsageError(f"{len(logs)} episodes: too few for {cfg.steps} x {cfg.batch_episodes}: lower steps")
+    assert len(logs) >= cfg.steps * cfg.batch_episodes, f"{len(logs)} logs are too few"
     policy.model.train()  # checkpointing asks for it; these models have no dropout
     if cfg.checkpointing:  # under its new name or its old one; it acts in training mode only
         former = getattr(policy.model, "gradient_checkpointing_enable", None)
         getattr(policy.model, "activation_checkpointing_enable", former)({"use_reentrant": False})
     done = 0
     if state and state.exists():  # go on where a consolidation was stopped
-        saved = torch.load(state, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(state, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UsageError(f"{state} is damaged: remove it, and this consolidation begins again") from error
         done = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
         for master, weight in zip(policy.master, saved["master"], strict=True):
@@ -779,8 +776,7 @@ def consolidate(
                        "seconds": seconds, "tokens_per_second": n_tokens / seconds})  # fmt: skip
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             with atomic(state) as part:
-                saved = {"master": [p.detach() for p in policy.master], "optimizer": optimizer.state_dict()}
-                torch.save({"step": step, **saved}, part)
+                torch.save({"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}, part)
     policy.model.eval()
 
 
@@ -793,10 +789,7 @@ def wilson(won: int, n: int) -> tuple[float, float]:
 
 
 def play_held_out(policy: Policy, cfg: Config, n: int, seed: int, variant="", experiences=None) -> list[dict]:
-    """Play n held-out levels, used for nothing else; level i reads list i mod L of the experiences, if any.
-
-    Renamed games read their own rules instead. No trajectories where the game has no such variant.
-    """
+    """Play n held-out levels, used for nothing else; level i reads list i mod L of the experiences, if any."""
     from envs import level_seeds
 
     games = [game for i in range(n) if (game := make_game(cfg, variant, i))]
@@ -851,21 +844,21 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSONL file, none if there is no file; UsageError names the line that is no object."""
+def read_jsonl(path: Path, parse: Callable = json.loads) -> list[dict]:
+    """The objects of a JSONL file, none if there is no file; UsageError names the line that is none."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         try:
-            rows += [{**json.loads(line)}] if line.strip() else []  # ** refuses what is no object
+            rows += [{**parse(line)}] if line.strip() else []  # ** refuses what is no object
         except (TypeError, ValueError) as error:
-            raise UsageError(f"{path}, line {number}: not a JSON object ({error}); mend it") from None
+            raise UsageError(f"{path}, line {number}: {error}; mend or remove it") from None
     return rows
 
 
-def recorded(path: Path, stage: Callable[..., list[dict]], *arguments, **more) -> list[dict]:
+def recorded(path: Path, stage: Callable[[], list[dict]]) -> list[dict]:
     """What a stage returns, always as read back from its record, which is computed if it is not there."""
     if not path.exists():
-        write_jsonl(path, stage(*arguments, **more))
+        write_jsonl(path, stage())
     return read_jsonl(path)
 
 
@@ -881,8 +874,7 @@ def save_model(path: Path, policy: Policy) -> None:
 def run(cfg: Config) -> list[dict]:
     """The algorithm at the top of this file, with a record of everything; returns the rows of metrics.jsonl.
 
-    A stage is recorded when it is complete, and read back instead of run if its record exists: so the same
-    command continues a run that was stopped. Evaluation has the same levels and noise in every round.
+    A stage whose record exists is not run: so the same command continues a run that was stopped.
     """
     out = Path(cfg.out)
     if (out / "config.json").exists():
@@ -891,23 +883,31 @@ def run(cfg: Config) -> list[dict]:
         changed = [f"{k} was {there.get(k)!r}, is {now[k]!r}" for k in kept if there.get(k) != now[k]]
         if changed:
             raise UsageError(f"{out} has other settings ({'; '.join(changed)}): choose another --out")
-    make_game(cfg)  # an unknown game is refused before a model is loaded
-    given = Path(cfg.experience).read_text(encoding="utf-8").strip() if cfg.experience else ""
-    if cfg.experience and not given:
-        raise UsageError(f"--experience {cfg.experience}: the file is empty; it should hold lessons")
+    own = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else make_game(cfg)
+    if not own:
+        raise UsageError(f"--logs {cfg.logs}: there is no such file, or nothing is in it")
+    given = Path(cfg.experience).read_text("utf-8", "replace").strip() if cfg.experience else ""
+    if cfg.experience and (not given or "\ufffd" in given):
+        raise UsageError(f"--experience {cfg.experience}: it is empty or no UTF-8; it should hold lessons")
     done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
     source = str(out / f"round{done}/model") if done else cfg.model
     device = find_device(cfg.device)
     if cfg.graphs and device.type != "cuda":
         raise UsageError(f"--graphs replays CUDA graphs, and this is a {device.type} device: leave it out")
     policy = load_policy(source, device, cfg.thinking, cfg.dtype)
+    check_fits(policy.model, cfg.experience_budget, cfg.reply_limit)
+    _held = FileLock(out / "lock", blocking=False, is_singleton=True).acquire()  # TimeoutError: in use
     with atomic(out / "config.json") as part:
         part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    if cfg.logs:  # they stand in for the records of what is not played
+        logs = [own[i % len(own)] for i in range(cfg.steps * cfg.batch_episodes)]
+        for name, rows in {"trajectories": own, "logs": logs, "in_context": []}.items():
+            write_jsonl(out / f"round1/{name}.jsonl", rows)
     metrics, steps = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "steps.jsonl")
 
     def measure(r: int, step: int, began: float, in_context: float | None = None) -> None:
         """Evaluate and add a row to metrics.jsonl, unless it is there."""
-        if any((row["round"], row["step"]) == (r, step) for row in metrics):
+        if cfg.logs or any((row["round"], row["step"]) == (r, step) for row in metrics):
             return
         found, played = evaluate(policy, cfg, derive_seed(cfg.seed, 0))
         write_jsonl(out / f"round{r}/held_out.jsonl", played)
@@ -920,35 +920,34 @@ def run(cfg: Config) -> list[dict]:
         measure(0, 0, time.perf_counter())
     for r in range(max(done, 1), cfg.rounds + 1):
         play_round(policy, cfg, r, out / f"round{r}", given, steps, measure)
-    print(table([row for row in metrics if row["step"] in (0, cfg.steps)]))
+    print(table([row for row in metrics if row["step"] in (0, cfg.steps)]) or f"done: {out}/round1/model")
     return metrics
 
 
 def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, steps: list, measure) -> None:
     """Round r: play, write lessons, play again, learn, be measured. Changes the policy, and adds to steps."""
-    from envs import level_seeds
-
     began, (play, read, log, learn) = time.perf_counter(), [derive_seed(cfg.seed, r, i) for i in range(4)]
+    if not cfg.logs:
+        from envs import level_seeds
     # 1. and 2. the same levels for every list, one list after the other; each episode has its own noise
     if not (folder / "experience").exists():
-        levels = level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists
         lists = [given] if given else []
         if not given and cfg.context != "none":
-            played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, levels, play, True)
-            coach = load_policy(cfg.extractor, policy.model.device, cfg.thinking) if cfg.extractor else policy
-            lists = extract(coach, cfg, played, read)
-            del coach  # its memory is wanted for consolidation
+            played = recorded(folder / "trajectories.jsonl", lambda: deploy(
+                policy, cfg, level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists, play, True,
+            ))  # fmt: skip
+            lists = extract(policy, cfg, played, read)
         with atomic(folder / "experience") as part:
             part.mkdir()
             for i, experience in enumerate(lists):
                 (part / f"{i:02}.txt").write_text(experience + "\n", encoding="utf-8")
     experiences = [file.read_text(encoding="utf-8") for file in sorted((folder / "experience").iterdir())]
-    in_context = pass_rate(recorded(folder / "in_context.jsonl", play_held_out, policy, cfg, cfg.probe_games,
-                                    derive_seed(cfg.seed, 0), experiences=experiences))  # fmt: skip
+    in_context = pass_rate(recorded(folder / "in_context.jsonl", lambda: play_held_out(
+        policy, cfg, cfg.probe_games, derive_seed(cfg.seed, 0), experiences=experiences)))  # fmt: skip
     # 1. again, on other levels: the prompts to learn on, each used once
     n = cfg.steps * cfg.batch_episodes
-    levels = level_seeds("deployment", n, r * n)
-    logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, levels, log, False)
+    logs = recorded(folder / "logs.jsonl", lambda: deploy(
+        policy, cfg, level_seeds("deployment", n, r * n), log, False))  # fmt: skip
 
     def on_step(step: int, record: dict) -> None:
         steps[:] = [s for s in steps if (s["round"], s["step"]) < (r, step)]
@@ -968,10 +967,10 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of metrics.jsonl as text, a line each."""
+    """Rows of metrics.jsonl as text, a line each; nothing if there are none."""
     names = ["round", "step", "pass_rate", "pass_rate_low", "pass_rate_high", "reply_tokens"]
     names += ["in_context_pass_rate", "unseen_pass_rate", "forgetting_pass_rate"]
-    lines = [[name.replace("_pass_rate", "").replace("_", " ") for name in names]]
+    lines = [[name.replace("_pass_rate", "").replace("_", " ") for name in names]] * bool(rows)
     for values in (map(row.get, names) for row in rows):
         lines.append([f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x) for x in values])
     return "\n".join("  ".join(x.rjust(max(5, len(top))) for x, top in zip(xs, lines[0])) for xs in lines)
@@ -988,10 +987,11 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.smoke:
             print("ok")
     except (UsageError, FloatingPointError, UnicodeDecodeError, OSError) as error:
-        print(f"oel.py: error: {error}", file=sys.stderr)
+        in_use = f"{cfg.out} is in use by another run: let it end, or choose another --out"
+        print(f"oel.py: error: {in_use if isinstance(error, TimeoutError) else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("oel.py: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"oel.py: stopped; {cfg.out} keeps what was done, the same command goes on", file=sys.stderr)
         sys.exit(130)
 
 

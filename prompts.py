@@ -4,10 +4,12 @@
     extract      extraction_prompt(trajectory, previous, ...)         one user message an episode
                  parse_lessons(reply) -> accumulate(...)              the list of lessons grows
     consolidate  with_experience(prompt, experience)                  what the teacher reads, the student not
+    --logs       parse_log(line)                                      a trajectory that somebody else recorded
 
 A tokenizer appears only at the end, where a message becomes token ids.
 """
 
+import json
 import re
 
 MARKER = "- EXPERIENCE ITEM:"
@@ -116,6 +118,47 @@ def raw_experience(trajectories: list[dict], reasoning: bool, budget: int, count
     while logs and count_tokens("\n\n".join(logs)) > budget:
         logs.pop(0)
     return "\n\n".join(logs)
+
+
+# --- logs of somebody else ----------------------------------------------------------------------------------
+def parse_log(line: str | bytes) -> dict:
+    """A trajectory from a line of JSON: {"turns": [...]}, or a chat as {"messages": [{"role", "content"}, ...]}.
+
+    Of a chat, the prompt of a turn is what system and user have said until then, as in play_prompt; what the user
+    says next is its feedback. ValueError says what is missing.
+    """
+    log = json.loads(line)
+    if not isinstance(log, dict) or not ({"turns", "messages"} & log.keys()):
+        raise ValueError('it is no object with "turns" or "messages"')
+    if "turns" not in log:
+        said, turns = [], []
+        for i, message in enumerate(checked(log["messages"], ("role", "content"), "message"), 1):
+            if message["role"] == "assistant":
+                turns.append({"prompt": "\n\n".join(said), "response": message["content"], "feedback": ""})
+            elif message["role"] not in ("system", "user"):
+                raise ValueError(
+                    f"message {i} has the role {message['role']!r}: not system, user or assistant"
+                )
+            else:
+                said.append(message["content"])
+                if turns:
+                    turns[-1]["feedback"] = "\n\n".join([turns[-1]["feedback"], message["content"]]).strip()
+        log |= {"turns": turns}
+    turns = checked(log["turns"], ("prompt", "response", "feedback"), "turn")
+    if not turns or not turns[0]["prompt"].strip():
+        raise ValueError("it has no turn, or one without a prompt")
+    return {"id": str(log.get("id", "")), "turns": turns, "outcome": log.get("outcome")}
+
+
+def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
+    """The entries of a log, if each is an object that has text under every key."""
+    if not isinstance(entries, list):
+        raise TypeError(f"its {name}s are not a list")
+    for i, entry in enumerate(entries, 1):
+        for key in keys:
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+                raise TypeError(f'{name} {i} has no text under "{key}"')
+    return entries
 
 
 # --- messages as token ids --------------------------------------------------------------------------------

@@ -1361,14 +1361,42 @@ def test_temperature_and_top_k_reach_the_loss(policy):
 
 
 def test_micro_batches_hold_every_sample_once_within_the_budget(policy):
-    samples = make_samples(policy) * 3
+    """Two experiences in one batch: nothing to share, or the wrong lessons read."""
+    samples, fewest = make_samples(policy) * 3, []
     for budget in (1, 400, 700, 10**6):
         batches = oel.micro_batches(samples, budget)
+        fewest.append(len(batches))
         assert sorted(map(id, itertools.chain(*batches))) == sorted(map(id, samples))
         for batch in batches:
-            longest = max(len(s.teacher_ids) + len(s.response_ids) for s in batch)
-            assert len(batch) == 1 or len(batch) * longest <= budget
-    assert len(oel.micro_batches(samples, 10**6)) == 1 and len(oel.micro_batches(samples, 1)) == len(samples)
+            width = max(len(s.prompt_ids) for s in batch) + max(len(s.response_ids) for s in batch)
+            assert len(batch) == 1 or len(batch) * width / 2 <= budget
+            texts = [policy.decode(s.teacher_ids) for s in batch]
+            assert sum(all(lessons in text for text in texts) for lessons in LESSONS) == 1
+    assert fewest == sorted(fewest, reverse=True) and fewest[0] == len(samples) and fewest[-1] == 2
+
+
+def test_the_teacher_reads_an_experience_once(policy):
+    """An experience read for every reply, or attention and positions that are off behind the shared part."""
+    samples, teacher, read = make_samples(policy) * 2, frozen(policy), []
+    teacher.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    found = []
+    for micro_tokens in (
+        10**6,
+        1,
+    ):  # all replies of an experience together; each on its own, which shares nothing
+        read.clear()
+        found.append(
+            (oel.distill(policy, teacher, samples, small(micro_tokens=micro_tokens)), gradients(policy))
+        )
+        tokens = sum(B * T for B, T in read)
+        assert (tokens < 0.6 * sum(len(s.teacher_ids) + len(s.response_ids) for s in samples)) == (
+            micro_tokens > 1
+        )
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert relative(one, other) < 1e-4
 
 
 def test_both_sides_score_the_same_ids(policy):
@@ -1910,11 +1938,11 @@ def test_importing_does_nothing_else(tmp_path):
 
 # --- oel: files that are not as they should be ------------------------------------------------------------
 def test_lessons_that_are_not_there_are_an_error(folder, capsys, tmp_path):
-    """A missing file that trains on an empty string."""
+    """A missing file that trains on an empty string, or a picture that trains on noise."""
     argv = arguments(small(model=folder, out=str(tmp_path / "run")))
-    for name, text in [("missing.txt", None), ("empty.txt", " \n")]:
-        if text is not None:
-            (tmp_path / name).write_text(text)
+    for name, content in [("missing.txt", None), ("empty.txt", b" \n"), ("image.txt", b"\x89PNG\xff")]:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         assert name in fails([*argv, "--experience", str(tmp_path / name)], capsys)
         assert not (tmp_path / "run").exists()
 
@@ -1932,6 +1960,13 @@ def test_a_policy_that_cannot_be_used_is_an_error(folder, capsys, tmp_path):
     torch.save({}, pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     assert "pickled" in fails([*argv, str(pickled)], capsys)
+    mute, torn = (shutil.copytree(folder, tmp_path / name) for name in ("mute", "torn"))
+    for file in mute.glob("token*"):
+        file.unlink()
+    assert "mute" in fails([*argv, str(mute)], capsys)
+    weights = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "torn" in fails([*argv, str(torn)], capsys)
     window = transformers.MistralConfig(**SHAPE | {"vocab_size": 320}, **GQA, sliding_window=4)
     transformers.MistralForCausalLM(window).save_pretrained(tmp_path / "window")
     make_tokenizer().save_pretrained(tmp_path / "window")
@@ -1946,6 +1981,135 @@ def test_a_malformed_line_is_named(line, tmp_path):
     with pytest.raises(oel.UsageError, match=r"logs\.jsonl.*\b2\b"):
         oel.read_jsonl(path)
     assert oel.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_a_context_that_is_too_short_is_an_error(folder, capsys, tmp_path):
+    """A run that plays for an hour and then finds that lessons and reply do not fit."""
+    argv = arguments(small(model=folder, out=str(tmp_path / "run"), experience_budget=4000, reply_limit=200))
+    said = fails(argv, capsys)
+    assert all(re.search(rf"\b{n}\b", said) for n in (4000, 200, 4096)) and not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_none_is_an_error(folder, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    said = fails(arguments(small(model=folder, out=str(tmp_path / "file"))), capsys)
+    assert str(tmp_path / "file") in said and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_in_use_is_refused(folder, capsys, tmp_path):
+    """Two runs that overwrite each other's records."""
+    out = tmp_path / "run"
+    hold = "import sys; from filelock import FileLock; x = FileLock(sys.argv[1]).acquire(); print(1); input()"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", hold, str(out / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        assert "in use" in fails(arguments(small(model=folder, out=str(out))), capsys)
+        assert [file.name for file in out.iterdir()] == ["lock"]
+        other.kill()
+    oel.main(arguments(small(model=folder, out=str(out), rounds=0)))
+    assert (out / "metrics.jsonl").exists()
+
+
+def test_a_damaged_state_is_an_error(policy, tmp_path):
+    """A consolidation that begins again without a word, or ends in a traceback."""
+    for content in (b"", b"PK\x03\x04 torn", b"no archive"):
+        (tmp_path / "step.pt").write_bytes(content)
+        with pytest.raises(oel.UsageError, match=r"step\.pt"):
+            oel.consolidate(policy, small(), logs(), LESSONS, 0, tmp_path / "step.pt")
+
+
+# --- oel: logs and games of one's own ---------------------------------------------------------------------
+TALK = [
+    {"role": "system", "content": "TASK"},
+    {"role": "user", "content": "BOARD 1"},
+    {"role": "assistant", "content": "[up]"},
+    {"role": "user", "content": "You fell."},
+    {"role": "user", "content": "BOARD 2"},
+    {"role": "assistant", "content": "[down]"},
+]
+
+
+def test_a_chat_is_a_trajectory():
+    """A later turn that does not see the earlier boards, or a feedback that is lost."""
+    log = prompts.parse_log(json.dumps({"id": 7, "messages": TALK}))
+    first, second = log["turns"]
+    assert first == {"prompt": "TASK\n\nBOARD 1", "response": "[up]", "feedback": "You fell.\n\nBOARD 2"}
+    assert second["prompt"] == "TASK\n\nBOARD 1\n\nYou fell.\n\nBOARD 2" and second["feedback"] == ""
+    assert log["id"] == "7" and prompts.parse_log(json.dumps(log)) == log
+
+
+TURN = {"prompt": "P", "response": "R", "feedback": "F"}
+BAD_LOGS = [
+    (b"{", "line 2"),
+    (b'{"a": "\xff"}', "utf-8"),
+    (b"\x00\x01", "line 2"),
+    (b"[1]", "turns"),
+    (b"{}", "messages"),
+    (json.dumps({"turns": []}).encode(), "no turn"),
+    (json.dumps({"turns": 3}).encode(), "list"),
+    (
+        json.dumps({"turns": [TURN, {**TURN, "feedback": None}]}).encode(),
+        'turn 2 has no text under "feedback"',
+    ),
+    (json.dumps({"turns": [{**TURN, "prompt": " "}]}).encode(), "prompt"),
+    (json.dumps({"messages": TALK[:2]}).encode(), "no turn"),
+    (json.dumps({"messages": [*TALK, {"role": "assistant"}]}).encode(), "message 7"),
+    (json.dumps({"messages": [*TALK, {"role": "tool", "content": "x"}]}).encode(), "'tool'"),
+]
+
+
+@pytest.mark.parametrize("line, said", BAD_LOGS)
+def test_a_log_that_cannot_be_learned_from_is_named(line, said, folder, capsys, tmp_path):
+    """A line that is skipped without a word, or training on half of a trajectory."""
+    (tmp_path / "logs.jsonl").write_bytes(json.dumps({"turns": [TURN]}).encode() + b"\n" + line + b"\n")
+    cfg = small(model=folder, out=str(tmp_path / "run"), logs=str(tmp_path / "logs.jsonl"))
+    err = fails(arguments(cfg), capsys)
+    assert said in err and "logs.jsonl, line 2" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n \n"])
+def test_logs_that_are_not_there_are_an_error(content, folder, capsys, tmp_path):
+    if content is not None:
+        (tmp_path / "logs.jsonl").write_bytes(content)
+    cfg = small(model=folder, out=str(tmp_path / "run"), logs=str(tmp_path / "logs.jsonl"))
+    assert "logs.jsonl" in fails(arguments(cfg), capsys) and not (tmp_path / "run").exists()
+
+
+def test_ones_own_logs_need_no_environment(folder, tmp_path):
+    """--logs: the games imported all the same, prompts that are not the logged ones, more lessons than logs."""
+    lines = [{"messages": TALK}, {"turns": [{**TURN, "prompt": f"LOGGED {i}"} for i in range(2)]}]
+    (tmp_path / "logs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cfg = small(model=folder, form="free", batch_episodes=3, logs=str(tmp_path / "logs.jsonl"))
+    argv = arguments(dataclasses.replace(cfg, out=str(tmp_path / "run")))
+    code = f"import sys, oel; oel.Policy.count_tokens = lambda self, x: len(x) // 9; oel.main({argv!r})"
+    code += "; sys.exit('envs' in sys.modules)"
+    for _ in range(2):  # the second time there is nothing left to do
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=oel.TINY.parent)
+    steps = oel.read_jsonl(tmp_path / "run/steps.jsonl")
+    assert [step["replies"] for step in steps] == [6, 6] and all(step["loss"] > 0 for step in steps)
+    assert sorted(file.name for file in (tmp_path / "run/round1/experience").iterdir()) == [
+        "00.txt",
+        "01.txt",
+    ]
+    assert oel.load_policy(str(tmp_path / "run/round1/model"), torch.device("cpu")).master
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_the_readme_s_own_game_can_be_played(folder, tmp_path, capsys, monkeypatch):
+    """The game in README.md, as it stands there."""
+    readme = (oel.TINY.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(class .*?)```", readme, re.DOTALL)
+    assert len(code.splitlines()) <= 20
+    (tmp_path / "my_game.py").write_text(code)
+    name = re.match(r"class (\w+)", code)[1]
+    monkeypatch.setattr(oel.Policy, "count_tokens", lambda self, text: len(text) // 9)
+    cfg = small(model=folder, form="free", env=f"{tmp_path / 'my_game.py'}:{name}", out=str(tmp_path / "run"))
+    oel.main(arguments(dataclasses.replace(cfg, reply_limit=40, experience_budget=60)))
+    (first, *_), (row, *_) = (oel.read_jsonl(tmp_path / f"run/{x}.jsonl") for x in ("round1/logs", "metrics"))
+    assert first["turns"][0]["feedback"] and row["unseen_pass_rate"] is None
+    assert "Nothing" in fails(["--env", f"{tmp_path / 'my_game.py'}:Nothing"], capsys)
+    assert "none.py" in fails(["--env", f"{tmp_path / 'none.py'}:Game"], capsys)
 
 
 def test_records_survive_whatever_a_model_writes(tmp_path):
@@ -2167,11 +2331,14 @@ def test_another_model_can_write_the_lessons(folder, tmp_path, monkeypatch):
 
     def spy(policy, *given):
         authors.append(torch.equal(policy.master[0], weights))
-        return [LESSONS[0]]
+        return LESSONS[0]
+        yield
 
-    monkeypatch.setattr(oel, "extract", spy)
-    for extractor in ("", other):
-        oel.run(small(model=folder, extractor=extractor, steps=1, out=str(tmp_path / f"run{len(authors)}")))
+    monkeypatch.setattr(oel, "lesson_list", spy)
+    for i, extractor in enumerate(("", other)):
+        oel.run(small(model=folder, extractor=extractor, steps=1, lists=1, out=str(tmp_path / f"run{i}")))
+        trained = oel.load_policy(str(tmp_path / f"run{i}/round1/model"), torch.device("cpu"))
+        assert not torch.allclose(trained.master[0], weights, atol=0.1), "the wrong one has learned"
     assert authors == [False, True]
 
 
