@@ -2,23 +2,29 @@
 
     python extras/bench.py sample              the sampler against model.generate and continuous batching of the hub
     python extras/bench.py sample --only games,experience
+    python extras/bench.py distill             the gradient of one step against full logits and autograd
 
-Every contestant produces the same tokens (greedy; bf16 ones the same number of tokens), in turn: A B C A B C.
-Printed are medians over the repeats, and ratios of those medians. On CUDA with the shape of Qwen3-1.7B, on a CPU with
-smaller ones; weights are random but for the embedded policy, which does not change what a step costs.
+Every contestant produces the same tokens (greedy; bf16 ones the same number of tokens) or the same gradient, in turn:
+A B C A B C. Printed are medians over the repeats, and ratios of those medians. On CUDA with the shape of Qwen3-1.7B,
+on a CPU with smaller ones; weights are random but for the embedded policy, which does not change what a step costs.
 """
 
 import argparse
 import contextlib
+import copy
+import math
+import multiprocessing
 import os
 import random
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from torch.nn.functional import kl_div
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -121,11 +127,11 @@ CONTESTANTS = {"oel": ours, "generate": lockstep, "generate_batch": continuous}
 
 
 # --- the workloads: (model, stop ids, a function that makes new generators, sizes to try) -------------------
-def random_qwen3(layers: int, width: int, heads: int, kv_heads: int, mlp: int, dtype, device):
+def random_qwen3(layers: int, width: int, heads: int, kv_heads: int, mlp: int, dtype, device, head_dim=128):
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=151_936, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=kv_heads, head_dim=128, intermediate_size=mlp, tie_word_embeddings=True,
-                         max_position_embeddings=8192)  # fmt: skip
+                         num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp,
+                         tie_word_embeddings=True, max_position_embeddings=8192)  # fmt: skip
     with torch.device(device):
         return Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
@@ -190,9 +196,9 @@ def produced(results: list) -> int:
     return sum(r[1] if isinstance(r, tuple) else len(r[0]) for r in results)
 
 
-def timed(contestant, model, stop_ids, make, size) -> tuple[float, int, int, list]:
-    """Seconds, tokens, bytes of memory at the peak and results of one contestant at one batch size."""
-    generators, cuda = make(), model.device.type == "cuda"
+def measure(device, call) -> tuple[float, int, int, object]:
+    """Seconds of a call, bytes of memory before it and at its peak, and what it returned."""
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -200,13 +206,19 @@ def timed(contestant, model, stop_ids, make, size) -> tuple[float, int, int, lis
     else:
         with contextlib.suppress(OSError):  # Linux: forget the highest resident size so far
             Path("/proc/self/clear_refs").write_text("5")
-    began = time.perf_counter()
-    results = contestant(model, generators, stop_ids, size)
+    peak = torch.cuda.max_memory_allocated if cuda else resident_peak
+    before, began = peak(), time.perf_counter()
+    result = call()
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() if cuda else resident_peak()
-    return seconds, produced(results), peak, results
+    return time.perf_counter() - began, before, peak(), result
+
+
+def timed(contestant, model, stop_ids, make, size) -> tuple[float, int, int, list]:
+    """Seconds, tokens, bytes of memory at the peak and results of one contestant at one batch size."""
+    generators = make()
+    run = measure(model.device, lambda: contestant(model, generators, stop_ids, size))
+    return run[0], produced(run[3]), run[2], run[3]
 
 
 def resident_peak() -> int:
@@ -285,22 +297,152 @@ def compare(name: str, device, repeats: int) -> None:
     )
 
 
+# --- distill: the gradient of one optimizer step ------------------------------------------------------------
+EXPERIENCES = {"experience-256": 256, "experience-2048": 2048}  # workload: tokens that only the teacher reads
+
+
+def full_loss(policy, teacher, samples, cfg):
+    """Eq. 2 the way the distillation trainers of TRL write it: all samples in one batch, the logits of every reply.
+
+    This is the leanest of them, SDFT; others also keep the logits of the prompts, of which only the last counts.
+    """
+    replies = [s.response_ids for s in samples]
+    longest = max(map(len, replies))
+
+    def log_probabilities(model, prompt_ids):  # (B, T, V)
+        width = max(map(len, prompt_ids))
+        ids = torch.zeros(len(samples), width + longest, dtype=torch.long)
+        seen = torch.zeros_like(ids)
+        for row, (prompt, reply) in enumerate(zip(prompt_ids, replies, strict=True)):
+            here = slice(width - len(prompt), width + len(reply))
+            ids[row, here], seen[row, here] = torch.tensor(prompt + reply), 1
+        batch = {"input_ids": ids.to(model.device), "attention_mask": seen.to(model.device)}
+        logits = model(**batch, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+        return (logits.float() / cfg.temperature).log_softmax(-1)
+
+    logp = log_probabilities(policy.model, [s.prompt_ids for s in samples])
+    with torch.no_grad():
+        logq = log_probabilities(teacher, [s.teacher_ids for s in samples])
+    kl = kl_div(logq, logp, reduction="none", log_target=True).sum(-1)  # p (log p - log q), over V
+    counts = torch.arange(longest)[None] < torch.tensor([[len(reply)] for reply in replies])
+    counts = counts.to(kl.device)
+    return (kl * counts).sum() / counts.sum()
+
+
+def full_logits(policy, teacher, samples, cfg) -> float:
+    loss = full_loss(policy, teacher, samples, cfg)
+    loss.backward()
+    return loss.item()
+
+
+STEPS = {"oel": oel.distill, "full logits": full_logits}
+
+
+def step_inputs(told: int, device):
+    """What oel.distill takes: a student, a teacher near it that is told more, replies to short prompts, settings."""
+    rng, cuda = random.Random(0), device.type == "cuda"
+    shape = (28, 2048, 16, 8, 6144, torch.bfloat16) if cuda else (2, 512, 8, 4, 1536, torch.float32)
+    model = random_qwen3(*shape, device, head_dim=128 if cuda else 64)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    for p in teacher.parameters():
+        p.add_(torch.randn_like(p), alpha=0.01)
+    master = [p.detach().float() if cuda else p for p in model.parameters()]
+    policy = oel.Policy(model, None, master, frozenset(), model.config.vocab_size)
+
+    def text(tokens):
+        return [rng.randrange(1000, 150_000) for _ in range(tokens)]
+
+    replies, length = (64, 700) if cuda else (16, 256)
+    lessons, samples = text(told), []
+    same = {"experience": "the list"} if hasattr(oel.Sample, "experience") else {}
+    for _ in range(replies):
+        prompt = text(rng.randint(80, 120))
+        sample = {"prompt_ids": prompt, "teacher_ids": lessons + prompt, "response_ids": text(length)}
+        samples.append(oel.Sample(**sample, **same))
+    return policy, teacher, samples, oel.Config()
+
+
+def take_gradients(policy) -> list[torch.Tensor]:
+    """The gradients of a step, in float32, taken out of the policy."""
+    pairs = list(zip(policy.model.parameters(), policy.master, strict=True))
+    found = [(master.grad if p.grad is None else p.grad).float() for p, master in pairs]
+    for p, master in pairs:
+        p.grad = master.grad = None
+    return found
+
+
+def agree(name: str, device) -> bool:
+    """Whether the contestants find the same loss and gradients: to 1e-4 of the largest, in float32."""
+    policy, teacher, samples, cfg = step_inputs(EXPERIENCES[name], device)
+    low, *_, high = sorted(len(s.prompt_ids) for s in samples)
+    print(f"\n{name}: {len(samples)} replies of {len(samples[0].response_ids)} tokens to prompts of {low} to {high}, "
+          f"{EXPERIENCES[name]:,} more for the teacher; {sum(p.numel() for p in policy.master):,} parameters, "
+          f"{str(policy.model.dtype)[6:]}, {cfg.micro_tokens:,} micro_tokens", flush=True)  # fmt: skip
+    found = [(step(policy, teacher, samples, cfg), take_gradients(policy)) for step in STEPS.values()]
+    (loss, ours), (other, theirs) = found
+    largest = max(g.abs().max() for g in ours)
+    apart = max((a.sub_(b).abs_().max() / largest).item() for a, b in zip(ours, theirs, strict=True))
+    print(f"loss {loss:.6f}; theirs differs by {abs(other - loss) / loss:.1e} of it, their gradients by {apart:.1e} of "
+          "the largest entry", flush=True)  # fmt: skip
+    return max(abs(other - loss) / loss, apart) < 1e-4 or policy.model.dtype != torch.float32
+
+
+def one_step(name: str, device, label: str) -> tuple[float, int, int, float]:
+    """Seconds of a contestant's step, bytes of memory before it and at its peak, and the loss."""
+    policy, teacher, samples, cfg = step_inputs(EXPERIENCES[name], device)
+    STEPS[label](policy, teacher, samples[:1], cfg)  # warm up
+    take_gradients(policy)
+    return measure(device, lambda: STEPS[label](policy, teacher, samples, cfg))
+
+
+def alone(function, *arguments):
+    """What a function returns, from a process of its own: nobody measures in memory that another has left behind."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def compare_steps(name: str, device, repeats: int) -> None:
+    labels, runs = list(STEPS), {}
+    try:
+        if not alone(agree, name, device):
+            sys.exit("the contestants do not compute the same: there is nothing to compare")
+    except RuntimeError as error:  # out of memory, or killed for it
+        print(f"full logits does not run here: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
+        labels = ["oel"]
+    for _ in range(repeats):
+        for label in labels:
+            runs.setdefault(label, []).append(alone(one_step, name, device, label))
+    print("| | seconds | peak memory above the weights | seconds over oel | memory over oel |")
+    print("|---|---|---|---|---|")
+    seconds = {label: statistics.median(run[0] for run in runs[label]) for label in runs}
+    memory = {label: statistics.median(run[2] - run[1] for run in runs[label]) for label in runs}
+    for label in runs:
+        more = memory[label] / (memory["oel"] or math.nan)  # 0 where it cannot be read
+        print(f"| {label} | {seconds[label]:.2f} | {memory[label] / 2**30:.2f} GiB | {seconds[label] / seconds['oel']:.2f} | "
+              f"{more:.2f} |", flush=True)  # fmt: skip
+
+
+BENCHMARKS = {"sample": (WORKLOADS, compare), "distill": (EXPERIENCES, compare_steps)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["sample"])
-    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, with commas [all]")
+    parser.add_argument("what", choices=BENCHMARKS)
+    parser.add_argument("--only", default="", help="workloads, with commas [all]")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="")
     args = parser.parse_args()
-    if unknown := set(args.only.split(",")) - set(WORKLOADS):
-        parser.error(f"there is no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    workloads, benchmark = BENCHMARKS[args.what]
+    chosen = args.only.split(",") if args.only else list(workloads)
+    if unknown := set(chosen) - set(workloads):
+        parser.error(f"there is no workload {', '.join(unknown)}; there are {', '.join(workloads)}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = oel.find_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, median of {args.repeats}")
-    for workload in args.only.split(","):
-        compare(workload, device, args.repeats)
+    for workload in chosen:
+        benchmark(workload, device, args.repeats)
 
 
 if __name__ == "__main__":
