@@ -2137,6 +2137,46 @@ def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch
     assert oel.read_jsonl(path) == [{"a": 1}]
 
 
+# --- extras: many processes ---------------------------------------------------------------------------------
+def test_two_processes_learn_what_one_learns(folder, tmp_path):
+    """Other noise, a share that is counted twice or not at all, two who write one folder; a resumed run."""
+    cfg = small(
+        model=folder, batch_episodes=3, eval_games=4, experience=str(tmp_path / "lessons.txt"), rounds=2
+    )
+    (tmp_path / "lessons.txt").write_text(LESSONS[0])
+    one, two = (dataclasses.replace(cfg, out=str(tmp_path / name)) for name in ("one", "two"))
+    oel.run(one)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "extras/many_gpus.py"]
+    for rounds in (1, 2):
+        argv = arguments(dataclasses.replace(two, rounds=rounds))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launch, *argv],
+            cwd=oel.TINY.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("forgetting") == 4 - rounds, "one of them speaks"
+    names = [
+        sorted(str(file.relative_to(c.out)) for file in oel.Path(c.out).rglob("*") if file.is_file())
+        for c in (one, two)
+    ]
+    assert names[0] == names[1]
+    for name in ("round1/logs.jsonl", "round1/in_context.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for a, b in zip(
+        *(oel.read_jsonl(tmp_path / name / "steps.jsonl") for name in ("one", "two")), strict=True
+    ):
+        assert (a["tokens"], a["replies"]) == (b["tokens"], b["replies"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    first, second = (oel.load_policy(f"{c.out}/round1/model", torch.device("cpu")).master for c in (one, two))
+    assert all(relative(a, b) < 1e-2 for a, b in zip(first, second, strict=True))
+
+
 # --- oel: whole runs --------------------------------------------------------------------------------------
 METRICS = {
     "round",

@@ -1,0 +1,87 @@
+"""A run on several GPUs or machines. Options are those of oel.py; every process does its share of every phase.
+
+    torchrun --nproc-per-node 8 extras/many_gpus.py --model Qwen/Qwen3-1.7B
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 extras/many_gpus.py ...
+    torchrun --nproc-per-node 2 extras/many_gpus.py          # the embedded policy on a CPU, to see that it works
+
+All that samples goes through `oel.drive`, all that learns through `oel.distill`: this file wraps the two. A process
+drives every n-th generator, and all hear of the results; it takes the gradient of every n-th sample, and the sum goes
+to all. So every process always has the same weights, and draws what a single one would have drawn. The first one
+keeps the run folder, which all machines must see; the others keep a copy made of links, thrown away at the end.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RANK = int(os.environ.get("RANK", "0"))
+if RANK:
+    os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import oel
+
+
+def share_drive(drive):
+    """oel.drive, each process with its generators in their places: a reply's noise depends on the place."""
+
+    def absent():
+        return
+        yield
+
+    def shared(model, generators, **how):
+        world, everyone = dist.get_world_size(), [None] * dist.get_world_size()
+        mine = [g if i % world == RANK else absent() for i, g in enumerate(generators)]
+        dist.all_gather_object(everyone, drive(model, mine, **how))
+        return [everyone[i % world][i] for i in range(len(generators))]
+
+    return shared
+
+
+def share_distill(distill):
+    """oel.distill, whose mean is over the tokens of this process: weighted by them, the processes' sum is the whole."""
+
+    def shared(policy, teacher, samples, cfg):
+        mine = samples[RANK :: dist.get_world_size()]
+        tokens, all_tokens = (sum(len(s.response_ids) for s in part) for part in (mine, samples))
+        weight, loss = tokens / all_tokens, torch.zeros((), dtype=torch.float64, device=policy.model.device)
+        if mine:
+            loss += distill(policy, teacher, mine, cfg) * weight
+        for master in policy.master:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad * weight
+            dist.all_reduce(master.grad)
+        dist.all_reduce(loss)
+        return loss.item()
+
+    return shared
+
+
+def main() -> None:
+    if "RANK" not in os.environ:
+        sys.exit("many_gpus.py is started by torchrun; in one process, run oel.py")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    cfg = oel.parse_args()
+    cuda = oel.find_device(cfg.device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    oel.drive, oel.distill = share_drive(oel.drive), share_distill(oel.distill)
+    with tempfile.TemporaryDirectory() as scratch:
+        argv, there = sys.argv[1:], Path(cfg.out).resolve()
+        if RANK:
+            if there.is_dir():  # a run that goes on: what is recorded there is recorded here
+                ignore = shutil.ignore_patterns("lock", "*.part")
+                shutil.copytree(there, scratch, copy_function=os.symlink, ignore=ignore, dirs_exist_ok=True)
+            argv += ["--out", scratch]
+        dist.barrier()  # nobody writes before all have seen the same
+        oel.main(argv)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
