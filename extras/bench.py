@@ -36,9 +36,15 @@ from transformers import (
 from transformers.utils import logging
 
 import oel
+import prompts
 from envs import FrozenLake, level_seeds
 
-SIZES = {"games": (32, 64, 128), "mixed": (6, 12), "experience": (16, 64)}  # batch sizes tried on a CPU
+SIZES = {
+    "games": (32, 64, 128),
+    "told": (32, 64, 128),
+    "mixed": (6, 12),
+    "experience": (16, 64),
+}  # batch sizes tried on a CPU
 
 
 # --- the contestants: each runs generators that yield Requests, and returns what they return ----------------
@@ -143,15 +149,20 @@ def asking(requests: list[oel.Request]):
     return lambda: [ask(request) for request in requests]
 
 
-def games(device):
-    """128 episodes of FrozenLake, played by the embedded policy."""
+def games(device, told=None):
+    """128 episodes of FrozenLake, played by the embedded policy, which loses most of them soon."""
     policy = oel.load_policy(str(oel.TINY), device)
 
     def play(level):
-        trajectory = yield from oel.episode(policy, FrozenLake(), level, str(level), 256)
+        trajectory = yield from oel.episode(policy, FrozenLake(), level, str(level), 256, told)
         return [turn["response"] for turn in trajectory["turns"]], trajectory["outcome"]["reply_tokens"]
 
     return policy.model, policy.stop_ids, lambda: [play(level) for level in level_seeds("held_out", 128)]
+
+
+def told(device):
+    """The same episodes with the rules in the prompt: the policy walks to the goal, at once or in several turns."""
+    return games(device, prompts.as_items(FrozenLake().rules()))
 
 
 def mixed(device):
@@ -187,7 +198,7 @@ def experience(device):
     return model, frozenset(), asking(requests)
 
 
-WORKLOADS = {"games": games, "mixed": mixed, "experience": experience}
+WORKLOADS = {"games": games, "told": told, "mixed": mixed, "experience": experience}
 
 
 # --- measuring --------------------------------------------------------------------------------------------

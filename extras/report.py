@@ -99,7 +99,8 @@ def read_run(folder: Path) -> Run:
     played, lists = {}, {}
     names = [re.fullmatch("round(0|[1-9][0-9]{0,5})", path.name) for path in folder.iterdir()]
     for r in sorted(int(name[1]) for name in names if name):
-        paths = [folder / f"round{r}" / name for name in PHASES if name.endswith(".jsonl")]
+        plays = () if config.get("logs") else PHASES  # somebody else's logs are no games to show
+        paths = [folder / f"round{r}" / name for name in plays if name.endswith(".jsonl")]
         played[r] = {path.name: read_jsonl(path, TRAJECTORY) for path in paths if path.exists()}
         for file in sorted((folder / f"round{r}/experience").glob("*.txt")):
             lines = [line.strip() for line in file.read_text("utf-8", "replace").splitlines() if line.strip()]
