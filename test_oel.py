@@ -1446,7 +1446,7 @@ def test_recomputed_activations_give_the_same_gradients(policy):
     samples, teacher = make_samples(policy), frozen(policy)
     loss, exact = oel.distill(policy, teacher, samples, small()), gradients(policy)
     policy.model.train()
-    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.activation_checkpointing_enable({"use_reentrant": False})
     assert oel.distill(policy, teacher, samples, small()) == loss
     assert all(torch.equal(a, b) for a, b in zip(gradients(policy), exact, strict=True))
 
