@@ -408,7 +408,8 @@ def one_step(name: str, device, label: str) -> tuple[float, int, int, float]:
 
 def alone(function, *arguments):
     """What a function returns, from a process of its own: nobody measures in memory that another has left behind."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:  # it ends even if this process is gone
         return pool.submit(function, *arguments).result()
 
 
