@@ -602,22 +602,22 @@ class ReverseKL(torch.autograd.Function):
         grad_weight = torch.zeros_like(student_weight, dtype=exact) if ctx.needs_input_grad[2] else None
         for start in range(0, len(student), chunk):
             hs, ht = student[start : start + chunk], teacher[start : start + chunk]
-            logp = ((hs @ student_weight.T).to(exact) / temperature).log_softmax(-1)  # (n, D) -> (n, V)
-            logq = ((ht @ teacher_weight.T).to(exact) / temperature).log_softmax(-1)
-            p, d = logp.exp(), logp - logq
+            logp = (hs @ student_weight.T).to(exact).div_(temperature).log_softmax(-1)  # (n, D) -> (n, V)
+            logq = (ht @ teacher_weight.T).to(exact).div_(temperature).log_softmax(-1)
+            d = logp - logq  # (n, V)
+            base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
+            p = logp.exp_()  # in place from here on: new tensors of this size cost as much as what fills them
             if forward:  # KL(q || p) instead, for the off-policy variant
-                total, slope = total - (logq.exp() * d).sum(), p - logq.exp()
+                total, slope = total - (logq.exp_() * d).sum(), p - logq  # exp_: logq has become q
             else:
                 if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
-                    kept = torch.zeros_like(d).scatter_(-1, logp.topk(min(top_k, d.shape[-1]), -1).indices, 1)
+                    kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, d.shape[-1]), -1).indices, 1)
                     total += (p * d * kept).sum()
                     d = (d + 1) * kept  # + 1 from d log p, which only cancels if all are kept
-                else:
-                    base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
-                    d = d - base
-                    total += (p * d).sum() + base.sum()
-                slope = p * (d - (p * d).sum(-1, keepdim=True))
-            slope = (slope / temperature).to(hs.dtype)  # (n, V), by the student's logits
+                mean = torch.linalg.vecdot(p, d if top_k else d.sub_(base))[:, None]  # (n, 1)
+                total += 0 if top_k else mean.sum() + base.sum()
+                slope = d.sub_(mean).mul_(p)
+            slope = slope.div_(temperature).to(hs.dtype)  # (n, V), by the student's logits
             grad_hidden[start : start + chunk] = slope @ student_weight
             if grad_weight is not None:
                 grad_weight += slope.T @ hs
