@@ -365,11 +365,9 @@ def step_inputs(told: int, device):
 
     replies, length = (64, 700) if cuda else (16, 256)
     lessons, samples = text(told), []
-    same = {"experience": "the list"} if hasattr(oel.Sample, "experience") else {}
     for _ in range(replies):
         prompt = text(rng.randint(80, 120))
-        sample = {"prompt_ids": prompt, "teacher_ids": lessons + prompt, "response_ids": text(length)}
-        samples.append(oel.Sample(**sample, **same))
+        samples.append(oel.Sample(prompt, lessons + prompt, text(length)))
     return policy, teacher, samples, oel.Config()
 
 
