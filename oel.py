@@ -38,18 +38,17 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
+from collections import namedtuple
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
 
 import prompts
 
@@ -59,10 +58,10 @@ FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add a m
 
 # --- settings ---------------------------------------------------------------------------------------------
 def option(default, help: str, choices: tuple | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """The options: run, how the policy writes, extraction, consolidation, evaluation. Defaults: for Qwen3-1.7B."""
 
@@ -162,12 +161,11 @@ def derive_seed(*parts: int) -> int:
 
 
 # --- the policy -------------------------------------------------------------------------------------------
-@dataclass
+@dataclasses.dataclass
 class Policy:
-    """A model with its tokenizer: text in, text out.
+    """A model, in bf16 on CUDA and in float32 elsewhere (--dtype), with its tokenizer: text in, text out.
 
-    `model` computes in bf16 on CUDA, in float32 elsewhere (--dtype). `master` are its parameters in float32, the
-    ones that are optimized and saved, or the very same tensors: a step of 1e-6 would be lost in bf16.
+    `master` are its parameters in float32, which are optimized and saved: a step of 1e-6 would be lost in bf16.
     """
 
     model: torch.nn.Module
@@ -186,10 +184,17 @@ class Policy:
     def count_tokens(self, text: str) -> int:
         return len(prompts.plain_ids(self.tokenizer, text))
 
+    def learning(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def copy_master(self) -> None:
         """Bring the model up to date with its master weights."""
-        for p, master in zip(self.model.parameters(), self.master, strict=True):
+        for p, master in zip(self.learning(), self.master, strict=True):
             p.data.copy_(master)
+
+    def frozen(self):
+        """The teacher of a round: the model as it is now."""
+        return copy.deepcopy(self.model).requires_grad_(False).eval()
 
 
 def find_device(wanted: str = "") -> torch.device:
@@ -229,24 +234,17 @@ def check_supported(model) -> None:
     slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if config.model_type not in FAMILIES or slides or rope in ("dynamic", "longrope"):
-        what = f"sliding window {slides or None}, rotary embedding {rope}"
-        raise UsageError(f"{type(model).__name__} ({what}) is not supported: the sampler was tried with full "
-                         f"attention and a fixed rotary embedding, in {', '.join(FAMILIES)}")  # fmt: skip
+        what = f"{type(model).__name__} with sliding window {slides or None} and rotary embedding {rope}"
+        raise UsageError(f"{what} is not supported: the sampler takes {', '.join(FAMILIES)} without these")
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
 # Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs any
 # number of them at once: when a reply ends, its generator moves on, and its next prompt takes a free row.
-@dataclass
-class Request:
-    ids: list[int]  # the prompt
-    max_new_tokens: int
-
-
-@dataclass
-class Response:
-    ids: list[int]  # the sampled tokens, with the stop id if one was sampled
-    finish: str  # "stop" or "length"
+Request = namedtuple("Request", "ids max_new_tokens")  # token ids of a prompt, and how long the reply may be
+Response = namedtuple(
+    "Response", "ids finish"
+)  # the reply, with its stop id if there is one; "stop" or "length"
 
 
 class Rows:
@@ -423,7 +421,7 @@ def drive(
             _, start, rows = torch.tensor(new[:n], device=model.device).T
             known = [(len(text), derive_seed(seed, *live[row][:2])) for text, (_, _, row) in zip(texts, new)]
             cache.state[2:, rows] = torch.tensor(known, device=model.device).T  # asked and noise
-            ids, reach = pad_sequence(rest, batch_first=True), -(-max(map(len, texts)) // 8) * 8
+            ids, reach = torch.nn.utils.rnn.pad_sequence(rest, True), -(-max(map(len, texts)) // 8) * 8
             forward(rows, ids.to(model.device), start, cache.asked[rows] - start - 1, reach)
             new = new[n:]
 
@@ -434,8 +432,9 @@ def drive(
         cache.at = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)
         later = torch.arange(reach, device=device) > cache.at[:, None, :, None]
         repeat = model.config.num_attention_heads // model.config.num_key_value_heads if t > 1 else 1
-        # as in attend, the queries of a key head one after the other: (B, 1, repeat * t, reach)
-        mask = torch.where(later, -math.inf, 0.0).to(model.dtype).repeat(1, 1, repeat, 1)
+        mask = (
+            torch.where(later, -math.inf, 0.0).to(model.dtype).repeat(1, 1, repeat, 1)
+        )  # grouped as in attend
         how = {"position_ids": cache.at, "attention_mask": mask, "use_cache": False, "oel_rows": cache}
         hidden = model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
         cache.used[rows] = start + last + 1
@@ -581,78 +580,64 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) ->
     if cfg.smoke:  # so few tokens hold no lesson; a made-up one stands in, to see that the rest runs
         lists.append(prompts.as_items(["Look at the board before every move."]))
     if not any(lists):
-        raise UsageError(f"no lesson in any of {len(lists)} lists (form {cfg.form!r}): try --form free, a larger "
-                         "--experience-budget or another model")  # fmt: skip
+        raise UsageError("no lesson in any list: try --form free, more --experience-budget or another model")
     return [experience for experience in lists if experience]
 
 
 # --- consolidate: the only part that changes weights ------------------------------------------------------
-class ReverseKL(torch.autograd.Function):
-    """Sum over positions of KL(p || q), p = softmax(h_s W_s^T / T), q likewise of the teacher; see reverse_kl.
+@torch.no_grad()
+def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, forward=False, chunk=256):
+    """KL(student || teacher) at each of N positions, in nats and exact over V, and the gradients of its sum (Eq. 2).
 
-    With d = log p - log q, the gradient by the student's logits is p_j (d_j - sum_i p_i d_i) / T. Where it is all but
-    certain, d_j and the sum cancel to the last digit, so d is measured from its value at the likeliest token. Logits
-    and gradients exist for a chunk of positions at a time: `forward` computes both, `backward` hands them out.
+    Hidden states (N, D) of student and teacher, their heads (V, D), the temperature of the student's samples -> KL
+    (N,), gradients by hs (N, D) and by ws (V, D), or None for a frozen head. `top_k`: the authors' sum over the
+    student's top tokens; `forward`: KL(teacher || student). The logits exist for a chunk of positions at a time.
+
+    With p and q the softmax of hs ws^T / T and ht wt^T / T, and d = log p - log q, the gradient by the student's
+    logits is p_j (d_j - sum_i p_i d_i) / T. Where it is all but certain, d_j and the sum cancel to the last digit,
+    so d is measured from its value at the likeliest token.
     """
-
-    @staticmethod
-    def forward(ctx, student, teacher, student_weight, teacher_weight, temperature, top_k, forward, chunk):
-        exact = torch.float64 if student.dtype == torch.float64 else torch.float32
-        grad_hidden, total = torch.empty_like(student), torch.zeros((), dtype=exact, device=student.device)
-        grad_weight = torch.zeros_like(student_weight, dtype=exact) if ctx.needs_input_grad[2] else None
-        for start in range(0, len(student), chunk):
-            hs, ht = student[start : start + chunk], teacher[start : start + chunk]
-            logp = (hs @ student_weight.T).to(exact).div_(temperature).log_softmax(-1)  # (n, D) -> (n, V)
-            logq = (ht @ teacher_weight.T).to(exact).div_(temperature).log_softmax(-1)
-            d = logp - logq  # (n, V)
-            base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
-            p = logp.exp_()  # in place from here on: new tensors of this size cost as much as what fills them
-            if forward:  # KL(q || p) instead, for the off-policy variant
-                total, slope = total - (logq.exp_() * d).sum(), p - logq  # exp_: logq has become q
+    if (len(hs), len(ws)) != (len(ht), len(wt)):
+        raise ValueError(f"student and teacher differ: {[tuple(x.shape) for x in (hs, ht, ws, wt)]}")
+    exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
+    kl, grad_hidden = [], torch.empty_like(hs)
+    grad_weight = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
+    # used again by every chunk: on a CPU, new tensors of this size cost as much as what fills them
+    room = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
+    for start in range(0, len(hs), chunk):
+        here = slice(start, start + chunk)
+        spare, logp, logq = room[:, : len(hs[here])]  # (n, V)
+        for h, w, out in ((hs, ws, logp), (ht, wt, logq)):
+            logits = torch.mm(h[here], w.T, out=spare if h.dtype == exact else None).to(exact)
+            torch.log_softmax(logits.div_(temperature), -1, out=out)
+        d = torch.sub(logp, logq, out=spare)
+        base = d.gather(-1, logp.argmax(-1, keepdim=True))  # (n, 1)
+        p = logp.exp_()
+        if forward:  # KL(q || p) instead, for the off-policy variant
+            kl.append(-torch.linalg.vecdot(logq.exp_(), d))
+            slope = torch.sub(p, logq, out=spare)  # exp_: logq has become q
+        else:
+            if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
+                kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
+                d.add_(1).mul_(kept)  # 1 from d log p, which only cancels if all are kept
+                base = -torch.linalg.vecdot(p, kept)[:, None]
             else:
-                if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
-                    kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, d.shape[-1]), -1).indices, 1)
-                    total += (p * d * kept).sum()
-                    d = (d + 1) * kept  # + 1 from d log p, which only cancels if all are kept
-                mean = torch.linalg.vecdot(p, d if top_k else d.sub_(base))[:, None]  # (n, 1)
-                total += 0 if top_k else mean.sum() + base.sum()
-                slope = d.sub_(mean).mul_(p)
-            slope = slope.div_(temperature).to(hs.dtype)  # (n, V), by the student's logits
-            grad_hidden[start : start + chunk] = slope @ student_weight
-            if grad_weight is not None:
-                grad_weight += slope.T @ hs
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        dtype, grads = ctx.saved_tensors[0].dtype, ctx.saved_tensors
-        hidden, weight = (None if grad is None else (grad * scale).to(dtype) for grad in grads)
-        return hidden, None, weight, *[None] * 5
+                d.sub_(base)
+            mean = torch.mul(p, d, out=logq).sum(-1, keepdim=True)  # (n, 1)
+            kl.append((mean + base)[:, 0])
+            slope = d.sub_(mean).mul_(p)
+        slope = slope.div_(temperature).to(hs.dtype)  # (n, V), by the student's logits
+        grad_hidden[here] = slope @ ws
+        if grad_weight is not None:
+            grad_weight.addmm_(slope.T, hs[here]) if slope.dtype == exact else grad_weight.add_(
+                slope.T @ hs[here]
+            )
+    return torch.cat(kl), grad_hidden, grad_weight
 
 
-def reverse_kl(
-    student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, student_weight: torch.Tensor,
-    teacher_weight: torch.Tensor, temperature: float, *, top_k: int = 0, forward: bool = False, chunk: int = 256,
-) -> torch.Tensor:  # fmt: skip
-    """KL(student || teacher) summed over N positions, in nats: the inner sum of Eq. 2, exact over V.
-
-    Hidden states (N, D), head weights (V, D), the temperature of the student's samples; the teacher gets no
-    gradient. `top_k`: the authors' sum over the student's top tokens; `forward`: KL(teacher || student).
-    """
-    given = student_hidden, teacher_hidden, student_weight, teacher_weight
-    if len(student_hidden) != len(teacher_hidden) or len(student_weight) != len(teacher_weight):
-        raise ValueError(f"student and teacher do not fit each other: {[tuple(x.shape) for x in given]}")
-    return ReverseKL.apply(*given, temperature, top_k, forward, chunk)
-
-
-@dataclass
-class Sample:
-    """One reply of the student, and the two prompts before it: without and with the experience."""
-
-    prompt_ids: list[int]
-    teacher_ids: list[int]
-    response_ids: list[int]
+Sample = namedtuple(
+    "Sample", "prompt_ids teacher_ids response_ids"
+)  # the prompts: without, with the experience
 
 
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], shared: int = 0):
@@ -694,25 +679,32 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     return batches
 
 
-def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> float:
-    """The gradient of Eq. 2 over samples, by hand, into the `.grad` of `policy.master`; returns the loss.
+def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config, verify=False) -> torch.Tensor:
+    """The gradient of Eq. 2 over samples, by hand, into the `.grad` of `policy.master`.
 
-    The loss is the mean over all response tokens of the samples, however they are cut into micro-batches.
+    Returns what each position of the replies adds to the loss (longest reply,): their sum is the mean over all
+    response tokens of the samples, however they are cut into micro-batches.
     """
-    student, n_tokens, loss = policy.model, sum(len(s.response_ids) for s in samples), 0.0
+    student, n = policy.model, sum(len(s.response_ids) for s in samples)
+    loss = torch.zeros(max(len(s.response_ids) for s in samples), dtype=torch.float64)
     for batch in micro_batches(samples, cfg.micro_tokens):
-        asked, told, replies = zip(*[(s.prompt_ids, s.teacher_ids, s.response_ids) for s in batch])
+        asked, told, replies = zip(*batch)
         shared = len(os.path.commonprefix([x[:-1] for x in told])) if len(batch) > 1 and asked != told else 0
         with torch.no_grad():
             teacher_hidden, seen = response_hidden(teacher, told, replies, shared)
+            if verify and shared:  # for one batch: to read what they share once changes nothing but rounding
+                apart, verify = response_hidden(teacher, told, replies)[0], False
+                assert (apart - teacher_hidden).abs().mean() < 0.05 * apart.abs().mean(), "teacher's cache"
         student_hidden, predicted = response_hidden(student, asked, replies)
         assert torch.equal(seen, predicted), "student and teacher must score the same response ids"
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]  # (V, D)
         how = {"top_k": cfg.kl_top_k, "forward": cfg.distill == "off-policy"}
-        kl = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, **how)
-        (kl / n_tokens).backward()  # Eq. 2
-        loss += kl.item() / n_tokens
-        for p, master in zip(student.parameters(), policy.master, strict=True):
+        kl, *grads = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, **how)
+        given = [(x, (g / n).to(x.dtype)) for x, g in zip((student_hidden, heads[0]), grads) if g is not None]
+        torch.autograd.backward(*zip(*given))  # the rest of the way, through the decoder
+        place = torch.cat([torch.arange(len(reply)) for reply in replies])
+        loss.index_add_(0, place, kl.to("cpu", torch.float64) / n)
+        for p, master in zip(policy.learning(), policy.master, strict=True):
             if p is not master and p.grad is not None:  # bf16 gradients add up in float32
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
                 p.grad = None
@@ -723,13 +715,12 @@ def consolidate(
     policy: Policy, cfg: Config, logs: list[dict], experiences: list[str] | None, seed: int,
     state: Path | None = None, on_step: Callable[[int, dict], None] = lambda step, record: None,
 ) -> None:  # fmt: skip
-    """On-policy context distillation (Eq. 2) of the experience lists into the policy's weights, in place.
+    """On-policy context distillation (Eq. 2) of the experience lists into the policy's weights, if they stay finite.
 
     Every step answers each prompt of the next `cfg.batch_episodes` logged trajectories once and updates once.
     `experiences=None` is a control: the teacher knows no more than the student. `state` is a file to resume from.
-    FloatingPointError if the loss is not finite.
     """
-    teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()
+    teacher = policy.frozen()
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
     assert len(logs) >= cfg.steps * cfg.batch_episodes, f"{len(logs)} logs are too few"
     policy.model.train()  # checkpointing asks for it; these models have no dropout
@@ -763,17 +754,21 @@ def consolidate(
         responses = sample(*author, max_new_tokens=cfg.reply_limit, **how)
         samples = [Sample(x, e_x, y.ids) for x, e_x, y in zip(prompt_ids, teacher_ids, responses)]
         # 3. the gradient of the mean reverse KL, clipped, and one update
-        loss = distill(policy, teacher, samples, cfg)
+        loss_at = distill(policy, teacher, samples, cfg, verify=step == done + 1)
+        loss = loss_at.sum().item()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.master, cfg.clip).item()
         if not math.isfinite(loss + grad_norm):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient {grad_norm}; no weight was changed")
         optimizer.step()
         optimizer.zero_grad()
         policy.copy_master()
-        # 4. the record
-        n_tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
-        on_step(step, {"loss": loss, "grad_norm": grad_norm, "tokens": n_tokens, "replies": len(samples),
-                       "seconds": seconds, "tokens_per_second": n_tokens / seconds})  # fmt: skip
+        lengths, seconds = np.array([len(s.response_ids) for s in samples]), time.perf_counter() - began
+        parts = [
+            (2**i - 1, 2 ** (i + 1) - 1) for i in range(int(lengths.max()).bit_length())
+        ]  # 0, 1-2, 3-6, ...
+        n, kl = int(lengths.sum()), [loss_at[a:b].sum() / (lengths.clip(a, b) - a).sum() for a, b in parts]
+        on_step(step, {"loss": loss, "grad_norm": grad_norm, "tokens": n, "replies": len(samples), "seconds": seconds,
+                       "tokens_per_second": n / seconds, "kl_by_position": [x.item() * n for x in kl]})  # fmt: skip
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             with atomic(state) as part:
                 torch.save({"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}, part)
@@ -911,10 +906,10 @@ def run(cfg: Config) -> list[dict]:
             return
         found, played = evaluate(policy, cfg, derive_seed(cfg.seed, 0))
         write_jsonl(out / f"round{r}/held_out.jsonl", played)
-        row = {"round": r, "step": step, **found, "in_context_pass_rate": in_context}
-        metrics.append({**row, "seconds": time.perf_counter() - began})
+        metrics.append({"round": r, "step": step, **found, "in_context_pass_rate": in_context,
+                        "seconds": time.perf_counter() - began})  # fmt: skip
         write_jsonl(out / "metrics.jsonl", metrics)
-        tqdm.write(table([row]))
+        tqdm.write(table(metrics[-1:]))
 
     if done == 0:
         measure(0, 0, time.perf_counter())
@@ -980,20 +975,25 @@ def main(argv: list[str] | None = None) -> None:
     """The command line. What the user can mend is one line on stderr and exit code 2."""
     cfg = parse_args(argv)
     print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
-    disable_progress_bar()  # the hub's, for every file it opens; ours stay
+    logging.disable_progress_bar()  # the hub's, for every file it opens; ours stay
     try:
         with tempfile.TemporaryDirectory() as scratch:
             run(dataclasses.replace(cfg, out=scratch) if cfg.smoke else cfg)
         if cfg.smoke:
             print("ok")
-    except (UsageError, FloatingPointError, UnicodeDecodeError, OSError) as error:
+    except (UsageError, FloatingPointError, UnicodeDecodeError, OSError, torch.OutOfMemoryError) as error:
         in_use = f"{cfg.out} is in use by another run: let it end, or choose another --out"
         print(f"oel.py: error: {in_use if isinstance(error, TimeoutError) else error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"oel.py: stopped; {cfg.out} keeps what was done, the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        phases = {"play_round", "measure", "deploy", "extract", "play_held_out", "consolidate"}
+        calls = [f for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name in phases]
+        where = " > ".join(f"{f.f_code.co_name} {f.f_locals.get('r', '')}".strip() for f in calls)
+        print(f"oel.py: stopped in {where}; the same command goes on from {cfg.out}", file=sys.stderr)
         sys.exit(130)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun oel.py
+    runpy.run_path(str(Path(__file__).with_name("extras") / "many_gpus.py"), run_name="__main__")
+elif __name__ == "__main__":
     main()

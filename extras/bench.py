@@ -346,7 +346,7 @@ def full_logits(policy, teacher, samples, cfg) -> float:
     return loss.item()
 
 
-STEPS = {"oel": oel.distill, "full logits": full_logits}
+STEPS = {"oel": lambda *step: oel.distill(*step).sum().item(), "full logits": full_logits}
 
 
 def step_inputs(told: int, device):

@@ -1,8 +1,8 @@
-"""A run on several GPUs or machines. Options are those of oel.py; every process does its share of every phase.
+"""A run on several GPUs or machines: what oel.py does when torchrun starts it. Every process does its share of all.
 
-    torchrun --nproc-per-node 8 extras/many_gpus.py --model Qwen/Qwen3-1.7B
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 extras/many_gpus.py ...
-    torchrun --nproc-per-node 2 extras/many_gpus.py          # the embedded policy on a CPU, to see that it works
+    torchrun --nproc-per-node 8 oel.py --model Qwen/Qwen3-1.7B
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 oel.py ...
+    torchrun --nproc-per-node 2 oel.py          # the embedded policy on a CPU, to see that it works
 
 All that samples goes through `oel.drive`, all that learns through `oel.distill`: this file wraps the two. A process
 drives every n-th generator, and all hear of the results; it takes the gradient of every n-th sample, and the sum goes
@@ -19,11 +19,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-RANK = int(os.environ.get("RANK", "0"))
-if RANK:
-    os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oel
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class NoBar(oel.tqdm):
+    """The first process alone shows its progress."""
+
+    def __init__(self, *args, **how):
+        super().__init__(*args, **{**how, "disable": True})
 
 
 def share_drive(drive):
@@ -45,26 +51,28 @@ def share_drive(drive):
 def share_distill(distill):
     """oel.distill, whose mean is over the tokens of this process: weighted by them, the processes' sum is the whole."""
 
-    def shared(policy, teacher, samples, cfg):
+    def shared(policy, teacher, samples, cfg, **how):
         mine = samples[RANK :: dist.get_world_size()]
         tokens, all_tokens = (sum(len(s.response_ids) for s in part) for part in (mine, samples))
-        weight, loss = tokens / all_tokens, torch.zeros((), dtype=torch.float64, device=policy.model.device)
+        weight, longest = tokens / all_tokens, max(len(s.response_ids) for s in samples)
+        loss = torch.zeros(longest, dtype=torch.float64, device=policy.model.device)
         if mine:
-            loss += distill(policy, teacher, mine, cfg) * weight
+            part = distill(policy, teacher, mine, cfg, **how) * weight
+            loss[: len(part)] = part
         for master in policy.master:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad * weight
             dist.all_reduce(master.grad)
         dist.all_reduce(loss)
-        return loss.item()
+        return loss.cpu()
 
     return shared
 
 
 def main() -> None:
     if "RANK" not in os.environ:
-        sys.exit("many_gpus.py is started by torchrun; in one process, run oel.py")
+        sys.exit("this is for torchrun: torchrun --nproc-per-node N oel.py; in one process, python oel.py")
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        oel.tqdm, sys.stdout = NoBar, open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     cfg = oel.parse_args()
     cuda = oel.find_device(cfg.device).type == "cuda"
     if cuda:
