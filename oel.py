@@ -700,7 +700,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config, verify=
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]  # (V, D)
         how = {"top_k": cfg.kl_top_k, "forward": cfg.distill == "off-policy"}
         kl, *grads = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, **how)
-        given = [(x, (g / n).to(x.dtype)) for x, g in zip((student_hidden, heads[0]), grads) if g is not None]
+        given = [
+            (x, g.div_(n).to(x.dtype)) for x, g in zip((student_hidden, heads[0]), grads) if g is not None
+        ]
         torch.autograd.backward(*zip(*given))  # the rest of the way, through the decoder
         place = torch.cat([torch.arange(len(reply)) for reply in replies])
         loss.index_add_(0, place, kl.to("cpu", torch.float64) / n)

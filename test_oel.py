@@ -2143,6 +2143,22 @@ def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch
     assert oel.read_jsonl(path) == [{"a": 1}]
 
 
+def test_a_run_that_is_stopped_says_where(folder, tmp_path, monkeypatch, capsys):
+    """Ctrl-C: which phase of which round, and how to go on."""
+
+    def stop(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(oel, "sample", stop)
+    cfg = small(model=folder, out=str(tmp_path / "run"), experience=str(tmp_path / "lessons.txt"))
+    (tmp_path / "lessons.txt").write_text(LESSONS[0])
+    with pytest.raises(SystemExit) as exit:
+        oel.main(arguments(cfg))
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 130
+    assert said == f"oel.py: stopped in play_round 1 > consolidate; the same command goes on from {cfg.out}"
+
+
 # --- extras: many processes ---------------------------------------------------------------------------------
 def test_two_processes_learn_what_one_learns(folder, tmp_path):
     """Other noise, a share that is counted twice or not at all, two who write one folder; a resumed run."""
@@ -2181,6 +2197,83 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     first, second = (oel.load_policy(f"{c.out}/round1/model", torch.device("cpu")).master for c in (one, two))
     assert all(relative(a, b) < 1e-2 for a, b in zip(first, second, strict=True))
+
+
+# --- extras: adapters -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_learn_and_the_weights_wait(folder, monkeypatch, tmp_path, dtype):
+    """A teacher that learns too, weights that drift, a merge that saves something else than what has learned."""
+    monkeypatch.syspath_prepend(oel.TINY.parent / "extras")
+    import lora
+
+    policy = lora.load_policy(oel.load_policy, 4, folder, torch.device("cpu"), dtype=dtype)
+    ids, half = {"input_ids": torch.tensor([policy.encode("You see\n#P G#")])}, dtype == "bfloat16"
+    assert {p.dtype for p in policy.master} == {torch.float32}, "small steps would be lost"
+    exact = {name: weight.detach().clone() for name, weight in policy.weights.items()}
+    plain = oel.load_policy(folder, torch.device("cpu"), dtype=dtype).model
+
+    def hidden(model):
+        with torch.no_grad():
+            return model.get_decoder()(**ids).last_hidden_state.float()
+
+    first = [p.detach().clone() for p in policy.master]
+    for checkpointing in (True, False):
+        cfg = small(lr=0.05, checkpointing=checkpointing, steps=1)
+        oel.consolidate(policy, cfg, logs(), LESSONS, 0)
+    assert all((a != b).any() for a, b in zip(policy.master[1::2], first[1::2], strict=True)), (
+        "every B learns"
+    )
+    assert all(torch.equal(policy.weights[name], weight) for name, weight in exact.items())
+    assert torch.equal(hidden(policy.frozen()), hidden(plain)), "the teacher is the model as it was"
+    learned = hidden(policy.model)
+    assert relative(learned, hidden(plain)) > 0.01
+    lora.save_model(tmp_path / "model", policy)
+    saved = oel.load_policy(str(tmp_path / "model"), torch.device("cpu"))
+    assert relative(hidden(saved.model), learned) < (0.05 if half else 1e-5)
+    assert relative(hidden(policy.model), learned) < (0.05 if half else 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(policy.master, first, strict=True)), "and begin anew"
+    assert all(
+        torch.equal(saved.model.get_parameter(name), weight) for name, weight in policy.weights.items()
+    )
+
+
+def test_adapters_run_as_the_whole_model_does(folder, tmp_path):
+    """extras/lora.py: the options of oel.py and one more; a changed rank refused; the model opens without it."""
+    argv = arguments(small(model=folder, out=str(tmp_path / "run"), experience=str(tmp_path / "lessons.txt")))
+    (tmp_path / "lessons.txt").write_text(LESSONS[0])
+    program = [sys.executable, str(oel.TINY.parent / "extras" / "lora.py"), *argv]
+    for rank, code in ((2, 0), (3, 2)):
+        done = subprocess.run([*program, "--lora", str(rank)], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr[-2000:]
+    assert "lora was 2, is 3" in done.stderr and "memory: about" in done.stdout
+    assert {"loss", "kl_by_position"} < set(oel.read_jsonl(tmp_path / "run/steps.jsonl")[0])
+    before, after = (
+        oel.load_policy(str(source), torch.device("cpu")).model
+        for source in (folder, tmp_path / "run/round1/model")
+    )
+    changed = [name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))]
+    assert changed and all("_proj.weight" in name for name in changed)
+
+
+def test_what_does_not_fit_is_said_before_anything_is_loaded(folder, monkeypatch):
+    """extras/memory.py: a setting that is said to fit and does not, or a forecast that leaves out the optimizer."""
+    monkeypatch.syspath_prepend(oel.TINY.parent / "extras")
+    import memory
+
+    cfg = small(model=folder, micro_tokens=1_000_000, device="cpu")
+    n = sum(p.numel() for p in oel.load_policy(folder, torch.device("cpu")).master)
+    found = {
+        (rank, half): memory.parts(cfg, rank, half)["weights and optimizer"]
+        for rank in (0, 2)
+        for half in (0, 1)
+    }
+    assert found[0, False] == 20 * n and found[0, True] == 22 * n
+    assert found[2, True] < 0.5 * found[0, True] and found[2, True] > 2 * n
+    assert "too much" not in memory.forecast(dataclasses.replace(cfg, micro_tokens=1000))
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**14)  # 256 MiB
+    assert "too much: --micro-tokens 2048 needs 0." in memory.forecast(cfg)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2)
+    assert "take a smaller model" in memory.forecast(cfg)
 
 
 # --- oel: whole runs --------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""What a run will need on its device, from the model's config alone, before anything is downloaded or loaded.
+
+    python extras/memory.py --model Qwen/Qwen3-1.7B          # the options are those of oel.py
+
+A forecast: weights, gradients and optimizer to the byte, activations by what a decoder layer keeps for its backward pass.
+The sampler's cache is not in it: that takes a quarter of what is free (--rows and the limits make it smaller).
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import oel
+
+
+def parts(cfg, lora: int, half: bool) -> dict[str, float]:
+    """Bytes by what they are for."""
+    try:
+        config = AutoConfig.from_pretrained(cfg.model)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # noqa: BLE001 (whatever is wrong with the files)
+        raise oel.UsageError(f"no config in {cfg.model!r}: {' '.join(str(error).split())[:300]}") from None
+    n, size = sum(p.numel() for p in model.parameters()), 2 if half else 4
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    adapters = sum(lora * (m.in_features + m.out_features) for m in linear)
+    # student, teacher, in half precision the masters and their gradients too; gradient and AdamW's two moments
+    weights = n * size + adapters * 16 if lora else n * (22 if half else 20)
+    # of a token in a layer: what its matrix products read and write, and its norms in float32
+    kept = sum(m.in_features + m.out_features for m in linear) / config.num_hidden_layers * size
+    kept += 2 * config.hidden_size * 8
+    layers = 1 if cfg.checkpointing else config.num_hidden_layers
+    stream = config.hidden_size * size * config.num_hidden_layers * cfg.checkpointing
+    positions = min(256, cfg.micro_tokens)
+    loss = positions * config.vocab_size * (12 if not half else 12 + 2 * size + 4)
+    loss += 0 if lora else config.vocab_size * config.hidden_size * (4 + size)
+    return {
+        "weights and optimizer": weights,
+        f"a pass of {cfg.micro_tokens:,} tokens": cfg.micro_tokens * (kept * layers + stream),
+        "the loss": loss,
+    }
+
+
+def forecast(cfg, lora: int = 0) -> str:
+    """One line: what is needed and what there is; where it does not fit, which setting would."""
+    device = oel.find_device(cfg.device)
+    half = (cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else there
+
+    def need(lora, micro_tokens=cfg.micro_tokens):
+        return parts(dataclasses.replace(cfg, micro_tokens=micro_tokens), lora, half)
+
+    found = need(lora)
+    line = ", ".join(f"{x / 2**30:.1f} {name}" for name, x in found.items())
+    line = f"memory: about {sum(found.values()) / 2**30:.1f} GiB ({line}) of {there / 2**30:.1f} on {device}"
+    if sum(found.values()) < 0.8 * there:
+        return line
+    others = {"--micro-tokens 2048": (lora, 2048), "extras/lora.py --lora 32": (32,),
+              "extras/lora.py --lora 32 --micro-tokens 2048": (32, 2048)}  # fmt: skip
+    fits = [(name, sum(need(*how).values())) for name, how in others.items()]
+    fits = [f"{name} needs {x / 2**30:.1f}" for name, x in fits if x < 0.8 * there]
+    return line + f"; that is too much: {fits[0] if fits else 'take a smaller model'}"
+
+
+def main() -> None:
+    cfg = oel.parse_args()
+    try:
+        print(forecast(cfg))
+    except oel.UsageError as error:
+        sys.exit(f"memory.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
