@@ -172,7 +172,7 @@ def mixed(device):
     model, (low, high), n = (
         random_qwen3(*shape, torch.bfloat16, device),
         (64, 1024) if cuda else (16, 256),
-        256 if cuda else 12,
+        256 if cuda else 24,
     )
     requests = []
     for _ in range(n):

@@ -6,7 +6,7 @@
 
 All that samples goes through `oel.drive`, all that learns through `oel.distill`: this file wraps the two. A process
 drives every n-th generator, and all hear of the results; it takes the gradient of every n-th sample, and the sum goes
-to all. So every process always has the same weights, and draws what a single one would have drawn. The first one
+to all; it keeps AdamW's state of its share of the weights, and all hear of what they have become. So every process always has the same weights, and draws what a single one would have drawn. The first one
 keeps the run folder, which all machines must see; the others keep a copy made of links, thrown away at the end.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oel
@@ -68,6 +69,17 @@ def share_distill(distill):
     return shared
 
 
+class SharedAdamW(ZeroRedundancyOptimizer):
+    """AdamW whose state is spread over the processes; the first one gathers it to save it."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, adamw=torch.optim.AdamW):
+        super().__init__(params, adamw, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def state_dict(self) -> dict:
+        self.consolidate_state_dict(to=0)
+        return {} if RANK else super().state_dict()
+
+
 def main() -> None:
     if "RANK" not in os.environ:
         sys.exit("this is for torchrun: torchrun --nproc-per-node N oel.py; in one process, python oel.py")
@@ -79,6 +91,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")
     oel.drive, oel.distill = share_drive(oel.drive), share_distill(oel.distill)
+    torch.optim.AdamW = SharedAdamW
     with tempfile.TemporaryDirectory() as scratch:
         argv, there = sys.argv[1:], Path(cfg.out).resolve()
         if RANK:
