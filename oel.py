@@ -29,6 +29,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -46,13 +47,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
 
 import prompts
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
+run_file = functools.cache(runpy.run_path)  # a game of one's own
 FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add a model's when its test passes
 
 
@@ -256,7 +257,7 @@ class Rows:
         shape = (2, c.num_hidden_layers, rows, c.num_key_value_heads, length, head_dim)  # 2: keys and values
         # zeros, not garbage: what lies behind the mask is multiplied by 0, and NaN * 0 is NaN
         self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        # A row: its newest token (not in the cache yet), tokens in the cache, those of its prompt, noise key.
+        # Four numbers a row: newest token (not in the cache yet), tokens in the cache, of them prompt, noise key.
         self.state = torch.zeros(4, rows, dtype=torch.long, device=model.device)
         self.token, self.used, self.asked, self.noise = self.state
         self.prompts = np.full((rows, length), -1)  # the ids of each row's prompt
@@ -285,8 +286,8 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_rows, **kw
     The Hq / Hkv queries that share a key head stand in for a longer sequence: no key is repeated for them.
     """
     keys, values = oel_rows.store(module.layer_idx, key, value)
-    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-    out = sdpa(grouped, keys, values, attn_mask=attention_mask, scale=scaling)
+    q = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attention_mask, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2), None
 
 
@@ -374,12 +375,12 @@ def drive(
     def move(target: Rows) -> None:
         """Live rows go to the front of a larger cache that takes over, or of this one: the last fill the gaps."""
         nonlocal cache
-        rows = [row for row, taken in enumerate(live) if taken]
+        kept = [row for row, taken in enumerate(live) if taken]
         if target is cache:
-            last = [row for row in rows if row >= len(rows)]
-            rows = [row if live[row] else last.pop() for row in range(len(rows))]
-        live[:] = [live[row] for row in rows]
-        for row, (source, (_, _, request, reply)) in enumerate(zip(rows, live, strict=True)):
+            last = [row for row in kept if row >= len(kept)]
+            kept = [row if live[row] else last.pop() for row in range(len(kept))]  # 0 - 2 - 4 becomes 0 4 2
+        live[:] = [live[row] for row in kept]
+        for row, (source, (_, _, request, reply)) in enumerate(zip(kept, live, strict=True)):
             if target is not cache or source != row:
                 target.take(row, cache, source, len(request.ids) + len(reply))
         cache = target
@@ -514,7 +515,7 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
     from envs import GAMES  # here, because extract and consolidate need no environment
 
     file, _, name = cfg.env.rpartition(":")
-    games = runpy.run_path(file) if file else GAMES
+    games = run_file(file) if file else GAMES
     if name not in games:
         raise UsageError(f"--env {cfg.env}: no game {name}; there are {', '.join(GAMES)}, and FILE.py:CLASS")
     maker = getattr(games[name], variant, None) if variant else games[name]
@@ -548,9 +549,8 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
 
 def deploy(policy: Policy, cfg: Config, levels: list[int], seed: int, truncate: bool) -> list[dict]:
     """Play an episode on the level of each seed in `levels`, without experience; return the trajectories."""
-    limit = cfg.reply_limit
-    plays = [episode(policy, make_game(cfg), x, f"{i}-level{x}", limit) for i, x in enumerate(levels)]
-    return drive(policy.model, plays, **settings(policy, cfg, seed, truncate, "deploy"))
+    new = [episode(policy, make_game(cfg), x, f"{i}-level{x}", cfg.reply_limit) for i, x in enumerate(levels)]
+    return drive(policy.model, new, **settings(policy, cfg, seed, truncate, "deploy"))
 
 
 # --- extract: text in, text out ---------------------------------------------------------------------------
@@ -566,9 +566,8 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 
 
 def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) -> list[str]:
-    """`cfg.lists` lists, each from its own equal share of the trajectories, all at the same time; empty ones go."""
-    if cfg.extractor:
-        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking)
+    """At most `cfg.lists` lists at the same time, each from its own share of the trajectories; empty ones go."""
+    policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking) if cfg.extractor else policy
     share = -(-len(trajectories) // cfg.lists)
     shares = [trajectories[i : i + share] for i in range(0, len(trajectories), share)]
     if cfg.context == "raw":
@@ -577,8 +576,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], seed: int) ->
     else:
         folds = [lesson_list(policy, cfg, part) for part in shares]
         lists = drive(policy.model, folds, **settings(policy, cfg, seed, truncate=True, desc="extract"))
-    if cfg.smoke:  # so few tokens hold no lesson; a made-up one stands in, to see that the rest runs
-        lists.append(prompts.as_items(["Look at the board before every move."]))
+    lists += [prompts.as_items(["Look before every move."])] * cfg.smoke  # so few tokens hold none
     if not any(lists):
         raise UsageError("no lesson in any list: try --form free, more --experience-budget or another model")
     return [experience for experience in lists if experience]
@@ -620,10 +618,10 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, forward=False, ch
             if top_k:  # only the student's top tokens count; this is not a KL, and can be negative
                 kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
                 d.add_(1).mul_(kept)  # 1 from d log p, which only cancels if all are kept
-                base = -torch.linalg.vecdot(p, kept)[:, None]
+                base = -torch.linalg.vecdot(p, kept)[:, None]  # takes the 1 out again
             else:
                 d.sub_(base)
-            mean = torch.mul(p, d, out=logq).sum(-1, keepdim=True)  # (n, 1)
+            mean = torch.mul(p, d, out=logq).sum(-1, keepdim=True)  # (n, 1); nobody needs logq any more
             kl.append((mean + base)[:, 0])
             slope = d.sub_(mean).mul_(p)
         slope = slope.div_(temperature).to(hs.dtype)  # (n, V), by the student's logits
@@ -665,7 +663,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Cut samples into batches of one experience and like length: of `budget` padded tokens, or one sample."""
 
     def size(s: Sample) -> tuple[list[int], int]:
-        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]
+        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # begins with it
         # the teacher's prompt counts a quarter: its experience is read once for all, and no gradient needs it
         return experience, max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
 
@@ -803,15 +801,13 @@ def pass_rate(trajectories: list[dict]) -> float | None:
 
 
 def evaluate(policy: Policy, cfg: Config, seed: int) -> tuple[dict, list[dict]]:
-    """The metrics of a policy on held-out levels, and the trajectories behind its pass rate.
-
-    Unseen is a variant never trained on (4x4 boards); forgetting: other letters, whose rules stand in the prompt.
-    """
+    """The metrics of a policy on held-out levels, and the trajectories behind its pass rate."""
     n, played = cfg.probe_games, play_held_out(policy, cfg, cfg.eval_games, seed)
     total = {key: sum(t["outcome"][key] for t in played) for key in played[0]["outcome"]}
     low, high = wilson(total["won"], len(played))
     metrics = {"pass_rate": pass_rate(played), "pass_rate_low": low, "pass_rate_high": high}
     metrics["reply_tokens"] = total["reply_tokens"] / total["turns"]
+    # a variant never trained on (4x4 boards); other letters, whose rules stand in the prompt
     metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "unseen"))
     metrics["forgetting_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "renamed"))
     rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
@@ -876,8 +872,8 @@ def run(cfg: Config) -> list[dict]:
     out = Path(cfg.out)
     if (out / "config.json").exists():
         there, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg)
-        kept = sorted(set(now) - {"out", "rounds", "device"})  # a run may move, and go on for more rounds
-        changed = [f"{k} was {there.get(k)!r}, is {now[k]!r}" for k in kept if there.get(k) != now[k]]
+        kept = sorted({*there, *now} - {"out", "rounds", "device"})  # may change
+        changed = [f"{k} was {there.get(k)!r}, is {now.get(k)!r}" for k in kept if there.get(k) != now.get(k)]
         if changed:
             raise UsageError(f"{out} has other settings ({'; '.join(changed)}): choose another --out")
     own = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else make_game(cfg)
@@ -928,7 +924,7 @@ def play_round(policy: Policy, cfg: Config, r: int, folder: Path, given: str, st
         from envs import level_seeds
     # 1. and 2. the same levels for every list, one list after the other; each episode has its own noise
     if not (folder / "experience").exists():
-        lists = [given] if given else []
+        lists = [given] if given and cfg.context != "none" else []
         if not given and cfg.context != "none":
             played = recorded(folder / "trajectories.jsonl", lambda: deploy(
                 policy, cfg, level_seeds("extraction", cfg.episodes, r * cfg.episodes) * cfg.lists, play, True,
@@ -979,6 +975,8 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
     logging.disable_progress_bar()  # the hub's, for every file it opens; ours stay
     try:
+        for file in TINY.parent.glob("extras/memory.py"):  # what the run will need, before anything is loaded
+            print(runpy.run_path(str(file))["forecast"](cfg))
         with tempfile.TemporaryDirectory() as scratch:
             run(dataclasses.replace(cfg, out=scratch) if cfg.smoke else cfg)
         if cfg.smoke:

@@ -18,7 +18,6 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import many_gpus
-import memory
 
 import oel
 
@@ -119,8 +118,6 @@ def main() -> None:
     cfg = oel.parse_args()
     oel.load_policy = functools.partial(load_policy, oel.load_policy, cfg.lora)
     oel.save_model = save_model
-    if not many_gpus.RANK:
-        print(memory.forecast(cfg, cfg.lora))
     many_gpus.main() if "RANK" in os.environ else oel.main()
 
 

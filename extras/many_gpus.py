@@ -14,11 +14,13 @@ import os
 import shutil
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oel
@@ -83,13 +85,17 @@ class SharedAdamW(ZeroRedundancyOptimizer):
 def main() -> None:
     if "RANK" not in os.environ:
         sys.exit("this is for torchrun: torchrun --nproc-per-node N oel.py; in one process, python oel.py")
-    if RANK:
+    if RANK:  # one process speaks and writes the models
         oel.tqdm, sys.stdout = NoBar, open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        save = torch.save  # which processes also use to send each other objects
+        torch.save = lambda what, to, **how: to.touch() if isinstance(to, Path) else save(what, to, **how)
+        PreTrainedModel.save_pretrained = lambda model, to, **how: to.mkdir()
     cfg = oel.parse_args()
-    cuda = oel.find_device(cfg.device).type == "cuda"
+    cuda = torch.cuda.is_available() and (cfg.device or "cuda").startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # some have nothing to do while others write lessons, and wait
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     oel.drive, oel.distill = share_drive(oel.drive), share_distill(oel.distill)
     torch.optim.AdamW = SharedAdamW
     with tempfile.TemporaryDirectory() as scratch:

@@ -47,8 +47,15 @@ def parts(cfg, lora: int, half: bool) -> dict[str, float]:
     }
 
 
-def forecast(cfg, lora: int = 0) -> str:
+def forecast(cfg) -> str:
     """One line: what is needed and what there is; where it does not fit, which setting would."""
+    try:
+        return weigh(cfg, getattr(cfg, "lora", 0))
+    except oel.UsageError as error:
+        return f"memory: no forecast: {error}"
+
+
+def weigh(cfg, lora: int) -> str:
     device = oel.find_device(cfg.device)
     half = (cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -70,11 +77,7 @@ def forecast(cfg, lora: int = 0) -> str:
 
 
 def main() -> None:
-    cfg = oel.parse_args()
-    try:
-        print(forecast(cfg))
-    except oel.UsageError as error:
-        sys.exit(f"memory.py: error: {error}")
+    print(forecast(oel.parse_args()))
 
 
 if __name__ == "__main__":
