@@ -807,9 +807,8 @@ def evaluate(policy: Policy, cfg: Config, seed: int) -> tuple[dict, list[dict]]:
     low, high = wilson(total["won"], len(played))
     metrics = {"pass_rate": pass_rate(played), "pass_rate_low": low, "pass_rate_high": high}
     metrics["reply_tokens"] = total["reply_tokens"] / total["turns"]
-    # a variant never trained on (4x4 boards); other letters, whose rules stand in the prompt
-    metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "unseen"))
-    metrics["forgetting_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "renamed"))
+    metrics["unseen_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "unseen"))  # 4x4 boards
+    metrics["forgetting_pass_rate"] = pass_rate(play_held_out(policy, cfg, n, seed, "renamed"))  # told rules
     rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
     return {**metrics, **rates}, played
 
@@ -824,6 +823,8 @@ def atomic(path: Path):
     try:
         yield temporary
         temporary.replace(path)
+    except Exception as error:  # torch and safetensors have their own for a full disk
+        raise OSError(f"{path} was not written ({error}); what was there is kept") from error
     finally:
         discard(temporary)
 
@@ -993,7 +994,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun oel.py
-    runpy.run_path(str(Path(__file__).with_name("extras") / "many_gpus.py"), run_name="__main__")
-elif __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # or torchrun oel.py
+    many = TINY.parent / "extras/many_gpus.py"
+    main() if "TORCHELASTIC_RUN_ID" not in os.environ else runpy.run_path(str(many), run_name="__main__")

@@ -2143,6 +2143,29 @@ def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch
     assert oel.read_jsonl(path) == [{"a": 1}]
 
 
+def test_a_disk_that_is_full_is_one_line_and_loses_nothing(folder, tmp_path):
+    """A traceback of torch's or safetensors' own, a half-written state or model, or a run that cannot go on."""
+    cfg = small(model=folder, out=str(tmp_path / "run"), experience=str(tmp_path / "lessons.txt"))
+    (tmp_path / "lessons.txt").write_text(LESSONS[0])
+    size = os.path.getsize(f"{folder}/model.safetensors")
+    whole = "import resource, sys, oel; n = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); oel.main()"
+    for limit, lost in (
+        (2 * size, "step.pt"),
+        (size - 1, "model"),
+    ):  # with AdamW's two moments a state is larger
+        cfg.save_every = 1 if lost == "step.pt" else 9
+        cfg.out = str(tmp_path / lost)
+        program = [sys.executable, "-c", whole, str(limit), *arguments(cfg)]
+        done = subprocess.run(program, cwd=oel.TINY.parent, capture_output=True, text=True, check=False)
+        said = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert said.startswith(f"oel.py: error: {cfg.out}/round1/") and f"{lost} was not written" in said
+        left = {file.name for file in oel.Path(cfg.out).rglob("*")}
+        assert lost not in left and not any(name.endswith(".part") for name in left)
+        assert oel.main(arguments(cfg)) is None, "with room again, it goes on"
+        assert (tmp_path / lost / "round1/model/model.safetensors").exists()
+
+
 def test_a_run_that_is_stopped_says_where(folder, tmp_path, monkeypatch, capsys):
     """Ctrl-C: which phase of which round, and how to go on."""
 
