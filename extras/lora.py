@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import many_gpus
-
 import oel
 
 SCALE = 32  # over the rank: so the same learning rate suits several
@@ -118,7 +116,11 @@ def main() -> None:
     cfg = oel.parse_args()
     oel.load_policy = functools.partial(load_policy, oel.load_policy, cfg.lora)
     oel.save_model = save_model
-    many_gpus.main() if "RANK" in os.environ else oel.main()
+    if "RANK" in os.environ:  # torchrun
+        import many_gpus
+
+        return many_gpus.main()
+    oel.main()
 
 
 if __name__ == "__main__":
