@@ -2206,6 +2206,7 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("forgetting") == 4 - rounds, "one of them speaks"
         assert done.stdout.count("memory: about") == 1
+        assert done.stderr.count("deploy:   0%") == 1, "and shows its progress"
     names = [
         sorted(str(file.relative_to(c.out)) for file in oel.Path(c.out).rglob("*") if file.is_file())
         for c in (one, two)
@@ -2223,6 +2224,46 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path):
         assert a["kl_by_position"] == pytest.approx(b["kl_by_position"], rel=10 * near, abs=1e-6)
     first, second = (oel.load_policy(f"{c.out}/round1/model", torch.device("cpu")).master for c in (one, two))
     assert all(relative(a, b) < 1e-2 for a, b in zip(first, second, strict=True))
+
+
+SHARED = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import many_gpus
+dist.init_process_group("gloo")
+adamw = torch.optim.AdamW
+plain, shared = ([torch.full((n,), 1.0, requires_grad=True) for n in (5, 4)] for _ in range(2))
+settings = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+one, other = adamw(plain, **settings), many_gpus.SharedAdamW(shared, *settings.values())
+for step in range(3):
+    for p in (*plain, *shared):
+        p.grad = torch.linspace(-1, step, len(p))
+    one.step(), other.step()
+    if step == 1:  # what is saved is the whole; from it another goes on
+        found = [other.state_dict()]
+        assert bool(found[0]) == (many_gpus.RANK == 0)
+        dist.broadcast_object_list(found)
+        other = many_gpus.SharedAdamW(shared, *settings.values())
+        other.load_state_dict(found[0])
+assert all(torch.equal(a, b) for a, b in zip(plain, shared)), (plain, shared)
+assert len(other.optim.state) == 1, "each process keeps the state of one of the two"
+"""
+
+
+def test_the_state_of_the_optimizer_is_spread_over_the_processes(tmp_path):
+    """All of it in every process, a share that nobody updates, or a saved one that is not the whole."""
+    (tmp_path / "shared.py").write_text(SHARED)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "shared.py"),
+    ]
+    extras, environment = str(oel.TINY.parent / "extras"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, extras], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- extras: adapters -------------------------------------------------------------------------------------
