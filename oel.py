@@ -243,9 +243,7 @@ def check_supported(model) -> None:
 # Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs any
 # number of them at once: when a reply ends, its generator moves on, and its next prompt takes a free row.
 Request = namedtuple("Request", "ids max_new_tokens")  # token ids of a prompt, and how long the reply may be
-Response = namedtuple(
-    "Response", "ids finish"
-)  # the reply, with its stop id if there is one; "stop" or "length"
+Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 
 
 class Rows:
@@ -433,9 +431,8 @@ def drive(
         cache.at = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)
         later = torch.arange(reach, device=device) > cache.at[:, None, :, None]
         repeat = model.config.num_attention_heads // model.config.num_key_value_heads if t > 1 else 1
-        mask = (
-            torch.where(later, -math.inf, 0.0).to(model.dtype).repeat(1, 1, repeat, 1)
-        )  # grouped as in attend
+        # as in attend, the queries of a key head one after the other: (B, 1, repeat * t, reach)
+        mask = torch.where(later, -math.inf, 0.0).to(model.dtype).repeat(1, 1, repeat, 1)
         how = {"position_ids": cache.at, "attention_mask": mask, "use_cache": False, "oel_rows": cache}
         hidden = model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
         cache.used[rows] = start + last + 1
@@ -627,15 +624,13 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, forward=False, ch
         slope = slope.div_(temperature).to(hs.dtype)  # (n, V), by the student's logits
         grad_hidden[here] = slope @ ws
         if grad_weight is not None:
-            grad_weight.addmm_(slope.T, hs[here]) if slope.dtype == exact else grad_weight.add_(
-                slope.T @ hs[here]
-            )
+            add = grad_weight.addmm_ if slope.dtype == exact else lambda a, b: grad_weight.add_(a @ b)
+            add(slope.T, hs[here])
     return torch.cat(kl), grad_hidden, grad_weight
 
 
-Sample = namedtuple(
-    "Sample", "prompt_ids teacher_ids response_ids"
-)  # the prompts: without, with the experience
+# A reply of the student, and the two prompts before it: without and with the experience.
+Sample = namedtuple("Sample", "prompt_ids teacher_ids response_ids")
 
 
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], shared: int = 0):
@@ -687,6 +682,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config, verify=
     loss = torch.zeros(max(len(s.response_ids) for s in samples), dtype=torch.float64)
     for batch in micro_batches(samples, cfg.micro_tokens):
         asked, told, replies = zip(*batch)
+        # read once what all prompts share, but not their last token; a control reads as the student does
         shared = len(os.path.commonprefix([x[:-1] for x in told])) if len(batch) > 1 and asked != told else 0
         with torch.no_grad():
             teacher_hidden, seen = response_hidden(teacher, told, replies, shared)
@@ -698,12 +694,11 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config, verify=
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]  # (V, D)
         how = {"top_k": cfg.kl_top_k, "forward": cfg.distill == "off-policy"}
         kl, *grads = reverse_kl(student_hidden, teacher_hidden, *heads, cfg.temperature, **how)
-        given = [
-            (x, g.div_(n).to(x.dtype)) for x, g in zip((student_hidden, heads[0]), grads) if g is not None
-        ]
+        sides = zip((student_hidden, heads[0]), grads)
+        given = [(x, grad.div_(n).to(x.dtype)) for x, grad in sides if grad is not None]
         torch.autograd.backward(*zip(*given))  # the rest of the way, through the decoder
         place = torch.cat([torch.arange(len(reply)) for reply in replies])
-        loss.index_add_(0, place, kl.to("cpu", torch.float64) / n)
+        loss.index_add_(0, place, kl.cpu().double() / n)
         for p, master in zip(policy.learning(), policy.master, strict=True):
             if p is not master and p.grad is not None:  # bf16 gradients add up in float32
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
@@ -763,9 +758,8 @@ def consolidate(
         optimizer.zero_grad()
         policy.copy_master()
         lengths, seconds = np.array([len(s.response_ids) for s in samples]), time.perf_counter() - began
-        parts = [
-            (2**i - 1, 2 ** (i + 1) - 1) for i in range(int(lengths.max()).bit_length())
-        ]  # 0, 1-2, 3-6, ...
+        # positions of a reply: 0, 1 to 2, 3 to 6, ...
+        parts = [(2**i - 1, 2 ** (i + 1) - 1) for i in range(int(lengths.max()).bit_length())]
         n, kl = int(lengths.sum()), [loss_at[a:b].sum() / (lengths.clip(a, b) - a).sum() for a, b in parts]
         on_step(step, {"loss": loss, "grad_norm": grad_norm, "tokens": n, "replies": len(samples), "seconds": seconds,
                        "tokens_per_second": n / seconds, "kl_by_position": [x.item() * n for x in kl]})  # fmt: skip
@@ -873,7 +867,8 @@ def run(cfg: Config) -> list[dict]:
     out = Path(cfg.out)
     if (out / "config.json").exists():
         there, now = json.loads((out / "config.json").read_text()), dataclasses.asdict(cfg)
-        kept = sorted({*there, *now} - {"out", "rounds", "device"})  # may change
+        # a run may move, and go on for more rounds
+        kept = sorted({*there, *now} - {"out", "rounds", "device"})
         changed = [f"{k} was {there.get(k)!r}, is {now.get(k)!r}" for k in kept if there.get(k) != now.get(k)]
         if changed:
             raise UsageError(f"{out} has other settings ({'; '.join(changed)}): choose another --out")
@@ -989,7 +984,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         phases = {"play_round", "measure", "deploy", "extract", "play_held_out", "consolidate"}
         calls = [f for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name in phases]
-        where = " > ".join(f"{f.f_code.co_name} {f.f_locals.get('r', '')}".strip() for f in calls)
+        where = " > ".join(f"{f.f_code.co_name} {f.f_locals.get('r', '')}".strip() for f in calls) or "run"
         print(f"oel.py: stopped in {where}; the same command goes on from {cfg.out}", file=sys.stderr)
         sys.exit(130)
 

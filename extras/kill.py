@@ -2,10 +2,10 @@
 
     python extras/kill.py
 
-plays a small run of two rounds that nobody disturbs, and then the same run in twelve other folders, each killed three
-times on its way (less often if it is over before) by SIGKILL, SIGTERM or Ctrl-C, and started again with the same
-command. Every one of them has to end with the same metrics, lessons and trajectories, and on a CPU with the same
-weights, to the byte.
+plays a small run of two rounds that nobody disturbs, and then the same run in other folders, each killed up to three
+times on its way by SIGKILL, SIGTERM or Ctrl-C and started again with the same command, until thirty kills have hit.
+Every one of them has to end with the same metrics, lessons and trajectories, and on a CPU with the same weights, to
+the byte.
 """
 
 import argparse
@@ -82,8 +82,7 @@ def content(out: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folders", type=int, default=12, help="runs that are disturbed [12]")
-    parser.add_argument("--kills", type=int, default=3, help="times that each of them is killed [3]")
+    parser.add_argument("--kills", type=int, default=30, help="kills in all [30]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     args = parser.parse_args()
     draw, passed, kills = random.Random(args.seed), 0, 0
@@ -94,9 +93,11 @@ def main() -> None:
             f"undisturbed: {seconds:.1f} s, {loaded:.1f} of them loading; {len(content(whole))} files",
             flush=True,
         )
-        for i in range(args.folders):
+        for i in itertools.count():
+            if kills >= args.kills:
+                break
             out = Path(folder) / f"run{i}"
-            points = sorted(draw.uniform(0, seconds - loaded) for _ in range(args.kills))
+            points = sorted(draw.uniform(0, seconds - loaded) for _ in range(3))
             for k, (before, point) in enumerate(itertools.pairwise([0, *points])):
                 how, moment = SIGNALS[(i + k) % 3], loaded + point - before
                 run = start(out)
@@ -117,8 +118,8 @@ def main() -> None:
             wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
             passed += not wrong
             print(f"run {i}: {'the same' if not wrong else 'DIFFERS in ' + ', '.join(wrong)}", flush=True)
-    print(f"{passed} of {args.folders} runs end like the one that nobody killed, after {kills} kills in all")
-    sys.exit(passed < args.folders)
+    print(f"{passed} of {i} runs end like the one that nobody killed, after {kills} kills in all")
+    sys.exit(passed < i)
 
 
 if __name__ == "__main__":
