@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     args = parser.parse_args()
     draw, passed, kills = random.Random(args.seed), 0, 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell puts in the background ignores it
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         loaded, seconds = finish(whole)
@@ -103,11 +104,11 @@ def main() -> None:
                 run = start(out)
                 try:
                     run.wait(moment)
-                    how = None  # it was over before
                 except subprocess.TimeoutExpired:
                     run.send_signal(how)
-                    kills += 1
                 _, errors = run.communicate()
+                kills += run.returncode != 0  # 0: it was over before
+                how = how if run.returncode else None
                 if how == signal.SIGINT and "goes on from" not in errors and "Traceback" in errors:
                     print(f"run {i}: Ctrl-C was not answered: {errors.splitlines()[-1]}")
                 print(
