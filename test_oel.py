@@ -2227,7 +2227,7 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path):
 
 
 SHARED = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import many_gpus
 dist.init_process_group("gloo")
@@ -2247,6 +2247,8 @@ for step in range(3):
         other.load_state_dict(found[0])
 assert all(torch.equal(a, b) for a, b in zip(plain, shared)), (plain, shared)
 assert len(other.optim.state) == 1, "each process keeps the state of one of the two"
+dist.barrier()
+os._exit(0)  # not by way of gloo's threads, which now and then abort a process that ends
 """
 
 
@@ -2263,7 +2265,7 @@ def test_the_state_of_the_optimizer_is_spread_over_the_processes(tmp_path):
     ]
     extras, environment = str(oel.TINY.parent / "extras"), {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, extras], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 # --- extras: adapters -------------------------------------------------------------------------------------
