@@ -2772,6 +2772,20 @@ def test_the_page_of_a_run_shows_hostile_text_and_runs_none_of_it(whole, tmp_pat
     assert failed.returncode == 2 and "metrics.jsonl, line" in failed.stderr
 
 
+def test_the_page_shows_where_the_lessons_matter(whole, tmp_path):
+    """extras/report.py: a heat map that is a sentence about an exception, because oel.py has changed."""
+    run = tmp_path / "run"
+    shutil.copytree(whole.out, run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "lora": 4}))  # what extras/lora.py adds
+    report = os.path.join(os.path.dirname(oel.__file__), "extras", "report.py")
+    subprocess.run([sys.executable, report, str(run)], capture_output=True, text=True, check=True)
+    page = (run / "report.html").read_text()
+    assert "could not be asked" not in page
+    colours = [float(nats) for nats in re.findall(r'title="([0-9.]+) nats', page)]
+    assert len(colours) > 8 and max(colours) > 0
+
+
 def test_the_embedded_policy_is_small():
     model = transformers.AutoModelForCausalLM.from_pretrained(oel.TINY)
     assert sum(p.numel() for p in model.parameters()) <= 5_000_000

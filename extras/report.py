@@ -9,6 +9,7 @@ loads the models and needs torch; `--no-heat-map` leaves it out.
 
 import argparse
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -397,8 +398,10 @@ def scored(run: Run, r: int, n: int = 3) -> list[tuple]:
     import oel
     import prompts
 
-    oel.disable_progress_bar()
-    cfg, folder = oel.Config(**run.config), run.folder / f"round{r}"
+    oel.logging.disable_progress_bar()
+    known = {f.name for f in dataclasses.fields(oel.Config)}  # a run of extras/lora.py has one more
+    cfg = oel.Config(**{name: value for name, value in run.config.items() if name in known})
+    folder = run.folder / f"round{r}"
     finished = max(ends(run)) >= cfg.rounds  # if not, the run needs its accelerator for itself
     device = oel.find_device(cfg.device if finished else "cpu")
     logs = run.played[r].get("logs.jsonl", [])
@@ -413,13 +416,11 @@ def scored(run: Run, r: int, n: int = 3) -> list[tuple]:
 
     @torch.no_grad()
     def score(student, x: str, ids: list[int], reply: list[int]) -> list[tuple[str, float]]:
-        told, kl = teacher.encode(prompts.with_experience(x, experience)), []
+        told = teacher.encode(prompts.with_experience(x, experience))
         p, _ = oel.response_hidden(student.model, [ids], [reply])  # (N, D)
         q, _ = oel.response_hidden(teacher.model, [told], [reply])
-        for hp, hq in zip(p.split(64), q.split(64), strict=True):  # (64, V) at a time
-            logp = ((hp @ student.head(student.model).T).double() / cfg.temperature).log_softmax(-1)
-            logq = ((hq @ teacher.head(teacher.model).T).double() / cfg.temperature).log_softmax(-1)
-            kl += (logp.exp() * (logp - logq)).sum(-1).clamp(min=0).tolist()
+        heads = [s.model.get_output_embeddings().weight.detach()[: s.vocab_size] for s in (student, teacher)]
+        kl = oel.reverse_kl(p, q, *heads, cfg.temperature)[0].clamp(min=0).tolist()
         return [(student.tokenizer.decode([i]), k) for i, k in zip(reply, kl, strict=True)]
 
     columns = [logged]
