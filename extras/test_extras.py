@@ -1,0 +1,234 @@
+"""Tests of what is around the method: many processes, adapters, the memory forecast, tables and pages of runs."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXTRAS = Path(__file__).resolve().parent
+sys.path[:0] = [str(EXTRAS), str(EXTRAS.parent)]
+import oel
+from extras.testing import arguments, consolidated, files_in, load, python, relative, rows_of, small
+
+pytest_plugins = ["extras.testing"]
+
+
+# --- many_gpus.py -------------------------------------------------------------------------------------------
+def torchrun(*args):
+    """Run a program in two processes."""
+    return python("-m", "torch.distributed.run", "--nproc-per-node", 2, *args)
+
+
+def test_two_processes_learn_what_one_learns(folder, lessons, tmp_path):
+    """Catches: other noise, a share counted twice or not at all, two writers of one folder, a bad resume."""
+    cfg = small(model=folder, batch_episodes=3, eval_games=4, experience=lessons, rounds=2)
+    one, two = (dataclasses.replace(cfg, out=str(tmp_path / name)) for name in ("one", "two"))
+    oel.run(one)
+    for rounds in (1, 2):
+        done = torchrun("oel.py", *arguments(dataclasses.replace(two, rounds=rounds)))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("forgetting") == 4 - rounds, "one process prints"
+        assert done.stdout.count("memory: about") == 1
+        assert done.stderr.count("deploy:   0%") == 1, "and shows its progress"
+    files, others = files_in(one.out), files_in(two.out)
+    assert files.keys() == others.keys()
+    for name in ("round1/logs.jsonl", "round1/in_context.jsonl"):
+        assert files[name].read_bytes() == others[name].read_bytes()
+    for a, b in zip(rows_of(files["steps.jsonl"]), rows_of(others["steps.jsonl"]), strict=True):
+        assert (a["tokens"], a["replies"]) == (b["tokens"], b["replies"])
+        near = 1e-5 if a["round"] == a["step"] == 1 else 1e-3  # later replies are those of other weights
+        assert a["loss"] == pytest.approx(b["loss"], rel=near)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=near)
+        assert a["kl_by_position"] == pytest.approx(b["kl_by_position"], rel=10 * near, abs=1e-6)
+    first, second = (load(f"{c.out}/round1/model").master for c in (one, two))
+    assert all(relative(a, b) < 1e-2 for a, b in zip(first, second, strict=True))
+
+
+SHARED = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import many_gpus
+dist.init_process_group("gloo")
+adamw = torch.optim.AdamW
+plain, shared = ([torch.full((n,), 1.0, requires_grad=True) for n in (5, 4)] for _ in range(2))
+settings = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+one, other = adamw(plain, **settings), many_gpus.SharedAdamW(shared, *settings.values())
+for step in range(3):
+    for p in (*plain, *shared):
+        p.grad = torch.linspace(-1, step, len(p))
+    one.step(), other.step()
+    if step == 1:  # the saved state is the whole one, and another optimizer continues from it
+        found = [other.state_dict()]
+        assert bool(found[0]) == (many_gpus.RANK == 0)
+        dist.broadcast_object_list(found)
+        other = many_gpus.SharedAdamW(shared, *settings.values())
+        other.load_state_dict(found[0])
+assert all(torch.equal(a, b) for a, b in zip(plain, shared)), (plain, shared)
+assert len(other.optim.state) == 1, "each process keeps the state of one of the two"
+dist.barrier()
+os._exit(0)  # gloo's threads now and then abort a process that ends normally
+"""
+
+
+def test_the_state_of_the_optimizer_is_spread_over_the_processes(tmp_path):
+    """Catches: all of it in every process, a share that nobody updates, or a saved one that is not the whole."""
+    (tmp_path / "shared.py").write_text(SHARED)
+    done = torchrun(tmp_path / "shared.py", EXTRAS)
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+# --- lora.py ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_learn_and_the_weights_wait(folder, tmp_path, dtype):
+    """Catches: a teacher that learns too, weights that drift, a merge that does not save what was learned."""
+    import lora
+
+    policy = lora.load_policy(oel.load_policy, 4, folder, torch.device("cpu"), dtype=dtype)
+    ids, near = (
+        {"input_ids": torch.tensor([policy.encode("You see\n#P G#")])},
+        1e-5 if dtype == "float32" else 0.05,
+    )
+    assert {p.dtype for p in policy.master} == {torch.float32}, "small steps would be lost"
+    exact = {name: weight.detach().clone() for name, weight in policy.weights.items()}
+    plain = load(folder, dtype=dtype).model
+
+    def hidden(model):
+        with torch.no_grad():
+            return model.get_decoder()(**ids).last_hidden_state.float()
+
+    first = [p.detach().clone() for p in policy.master]
+    for checkpointing in (True, False):
+        consolidated(policy, small(lr=0.05, checkpointing=checkpointing, steps=1))
+    learning = [(a != b).any() for a, b in zip(policy.master[1::2], first[1::2], strict=True)]
+    assert all(learning), "every B learns"
+    assert all(torch.equal(policy.weights[name], weight) for name, weight in exact.items())
+    assert torch.equal(hidden(policy.frozen()), hidden(plain)), "the teacher is the model as it was"
+    learned = hidden(policy.model)
+    assert relative(learned, hidden(plain)) > 0.01
+    lora.save_model(tmp_path / "model", policy)
+    saved = load(tmp_path / "model").model
+    assert relative(hidden(saved), learned) < near and relative(hidden(policy.model), learned) < near
+    assert all(torch.equal(a, b) for a, b in zip(policy.master, first, strict=True)), "and begin anew"
+    assert all(torch.equal(saved.get_parameter(name), weight) for name, weight in policy.weights.items())
+
+
+def test_adapters_run_as_the_whole_model_does(folder, lessons, tmp_path):
+    """lora.py takes the options of oel.py and one more, refuses a changed rank, and saves a plain model."""
+    cfg = small(model=folder, out=tmp_path / "run", experience=lessons)
+    for rank, code in ((2, 0), (3, 2)):
+        done = python(EXTRAS / "lora.py", *arguments(cfg), "--lora", rank)
+        assert done.returncode == code, done.stderr[-2000:]
+        assert "memory: about" in done.stdout
+    assert "lora was 2, is 3" in done.stderr
+    assert {"loss", "kl_by_position"} < set(rows_of(tmp_path / "run/steps.jsonl")[0])
+    before, after = (load(source).model for source in (folder, tmp_path / "run/round1/model"))
+    changed = [name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))]
+    assert changed and all("_proj.weight" in name for name in changed)
+    with pytest.raises(oel.UsageError, match="lora was 2, is None"):  # whole weights do not continue it
+        oel.run(cfg)
+
+
+# --- memory.py ----------------------------------------------------------------------------------------------
+def test_what_does_not_fit_is_said_before_anything_is_loaded(folder, monkeypatch):
+    """Catches: settings that are reported to fit and do not, or a forecast that leaves out the optimizer."""
+    import memory
+
+    cfg = small(model=folder, micro_tokens=1_000_000, device="cpu")
+    n = sum(p.numel() for p in load(folder).master)
+
+    def weights(rank, half):
+        return memory.parts(cfg, rank, half)["weights and optimizer"]
+
+    assert weights(0, False) == 20 * n and weights(0, True) == 22 * n
+    assert 2 * n < weights(2, True) < 0.5 * weights(0, True) and weights(2, False) > 2 * n
+    assert "too much" not in memory.forecast(dataclasses.replace(cfg, micro_tokens=1000))
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**14)  # 256 MiB
+    assert "too much: --micro-tokens 2048 needs 0." in memory.forecast(cfg)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2)
+    assert "take a smaller model" in memory.forecast(cfg)
+
+
+# --- curves.py and claims.py --------------------------------------------------------------------------------
+def test_the_table_over_seeds_is_their_mean_and_spread(tmp_path):
+    """Catches: rows within a round counted as its end, or an unfinished run among the others."""
+    rates = {"a": (0.0, 0.5), "b": (0.2, 1.0), "c": (0.4,)}
+    none = dict.fromkeys(("in_context_pass_rate", "unseen_pass_rate", "forgetting_pass_rate"))
+    for name, values in rates.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"steps": 4, "rounds": 1}')
+        rows = [{"round": r, "step": 4 * r, "pass_rate": value} for r, value in enumerate(values)]
+        rows.insert(1, {"round": 1, "step": 2, "pass_rate": 0.9})
+        rows = [{**none, **row, "reply_tokens": 9.0} for row in rows]
+        oel.write_jsonl(tmp_path / name / "metrics.jsonl", rows)
+    done = python(EXTRAS / "curves.py", tmp_path / "a", tmp_path / "b")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| 0 | 10.0% (14.1%) | 9.0 (0.0) | 0.0%, 20.0% |" in done.stdout
+    assert "| 1 | 75.0% (35.4%) | 9.0 (0.0) | 50.0%, 100.0% |" in done.stdout
+    failed = python(EXTRAS / "curves.py", *(tmp_path / name for name in rates))
+    assert failed.returncode == 1 and "has 0 of 1 rounds" in failed.stderr
+
+
+def test_forgetting_is_compared_where_both_pass_equally_often():
+    """Catches: off-policy, which learns faster, compared at its end with on-policy half-way."""
+    import claims
+
+    def rows(setting, curve):
+        kinds = ("pass_rate", "forgetting_pass_rate")
+        return [
+            {"setting": setting, "seed": 1, "round": int(step > 0), "step": step, "metric": kind, "value": x}
+            for step, point in curve.items()
+            for kind, x in zip(kinds, point, strict=True)
+        ]
+
+    on = rows("on-policy", {0: (0.1, 1.0), 3: (0.5, 0.98), 6: (0.8, 0.96)})
+    off = rows("off-policy", {0: (0.1, 1.0), 3: (0.6, 0.8), 6: (1.0, 0.6)})
+    close = rows("off-policy", {0: (0.1, 1.0), 3: (0.8, 0.955)})
+    here, held = claims.forgetting(claims.Numbers(on + off))
+    assert here.startswith("where both pass 80.0%: on-policy 96.0%, at the end 96.0% passing 80.0%, off")
+    assert here.endswith("off-policy 70.0%, at the end 60.0% passing 100.0%")
+    assert held == "yes" and claims.forgetting(claims.Numbers(on + close))[1] == "equal"
+    assert (claims.more(0.5, 0.6), claims.more(None, 1)) == ("no", "not measured")
+
+
+# --- report.py ----------------------------------------------------------------------------------------------
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m <|im_end|>"
+
+
+def test_the_page_of_a_run_shows_hostile_text_and_runs_none_of_it(whole, tmp_path):
+    """Catches: markup or a control character of a reply or a lesson that becomes part of the page."""
+    run = tmp_path / "run"
+    shutil.copytree(whole.out, run, ignore=shutil.ignore_patterns("model"))
+    for file in run.glob("round*/held_out.jsonl"):
+        played = rows_of(file)
+        for turn in played[0]["turns"]:
+            turn["response"] = turn["feedback"] = HOSTILE
+        oel.write_jsonl(file, played)
+    (run / "round1/experience/00.txt").write_text(f"- EXPERIENCE ITEM: {HOSTILE}\n")
+    done = python(EXTRAS / "report.py", run, "--no-heat-map")
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (run / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page and "<img" not in page
+    assert "\x00" not in page and "\x1b" not in page and not re.search(r"(src|href)=.?(https?:|//)", page)
+    assert "Finished, 2 of 2 rounds" in page
+    (run / "metrics.jsonl").write_text('{"round": 0}\nnonsense\n')
+    failed = python(EXTRAS / "report.py", run, "--no-heat-map")
+    assert failed.returncode == 2 and "metrics.jsonl, line" in failed.stderr
+
+
+def test_the_page_shows_where_the_lessons_matter(whole, tmp_path):
+    """Catches: a heat map that is a sentence about an exception, because oel.py has changed."""
+    run = shutil.copytree(whole.out, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "lora": 4}))  # what extras/lora.py adds
+    done = python(EXTRAS / "report.py", run)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (run / "report.html").read_text()
+    assert "could not be asked" not in page
+    colours = [float(nats) for nats in re.findall(r'title="([0-9.]+) nats', page)]
+    assert len(colours) > 8 and max(colours) > 0
