@@ -20,18 +20,14 @@ ITEM = re.compile(r"[\W\d_]*EXPERIENCE ITEM[\W\d_]*?:(.*)", re.IGNORECASE)
 # --- playing ----------------------------------------------------------------------------------------------
 def play_prompt(task: str, observations: list[str]) -> str:
     """The user message of one turn: the task, then everything the game has said so far.
-
-    The model's own earlier replies are not in it (as in the paper), so the newest board comes last.
-    """
+    The model's own earlier replies are not in it (as in the paper), so the newest board comes last."""
     return "\n\n".join([task, *observations])
 
 
 def with_experience(prompt: str, experience: str) -> str:
     """The same message behind the experience block: the only difference between teacher and student.
-
     The block stands first, so that its keys and values can be computed once for many prompts. An empty
-    experience is a ValueError: training towards a teacher that knows nothing would silently do nothing.
-    """
+    experience is a ValueError: training towards a teacher that knows nothing would silently do nothing."""
     if not experience.strip():
         raise ValueError("the experience is empty: there is nothing for the teacher to know")
     return f"What you learned in earlier episodes:\n{experience.strip()}\n\n{prompt}"
@@ -62,10 +58,8 @@ def answer(reply: str) -> str:
 
 def transcript(trajectory: dict, reasoning: bool = True) -> str:
     """A trajectory as the extractor sees it: the first prompt, then replies and what the game said to them.
-
     With `reasoning` the replies are shown in full, as in the paper; without, only their answers. The
-    outcome is not shown: that the episode was won or lost has to be read from the last feedback.
-    """
+    outcome is not shown: that the episode was won or lost has to be read from the last feedback."""
     parts = [trajectory["turns"][0]["prompt"]]
     for i, turn in enumerate(trajectory["turns"], 1):
         reply = turn["response"].strip() if reasoning else answer(turn["response"])
@@ -77,10 +71,8 @@ def extraction_prompt(
     trajectory: dict, previous: str = "", form: str = "items", reasoning: bool = True
 ) -> str:
     """The user message that asks for the lessons of one episode.
-
     `previous` is the experience so far (E_{i-1} of the paper), shown unless it is empty; `form` is "items"
-    or "free". The instructions, the same for every episode, stand first.
-    """
+    or "free". The instructions, the same for every episode, stand first."""
     parts = [EXTRACT, FORMS[form]]
     if previous.strip():
         parts += [PREVIOUS, previous.strip()]
@@ -89,10 +81,8 @@ def extraction_prompt(
 
 def parse_lessons(reply: str, form: str = "items") -> str:
     """The lessons in an extractor's reply, a line each; "" if there are none.
-
     Items are the lines that carry the marker, brought into one form. Free-form lessons are all lines of the
-    answer. The form's own placeholder is not a lesson.
-    """
+    answer. The form's own placeholder is not a lesson."""
     if form == "free":
         lines = [line.strip() for line in answer(reply).splitlines()]
         return "\n".join(line for line in lines if line not in ("", "<think>"))
@@ -103,7 +93,6 @@ def parse_lessons(reply: str, form: str = "items") -> str:
 
 def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:
     """E_i = truncate(E_{i-1} + lessons): the oldest lines go until the rest is within `budget` tokens.
-
     A line is an item, so an item goes whole or stays whole. `count_tokens` says how many tokens a string has.
     """
     lines = [line for line in f"{experience}\n{lessons}".splitlines() if line.strip()]
@@ -150,6 +139,20 @@ def parse_log(line: str | bytes) -> dict:
     return {"id": str(log.get("id", "")), "turns": turns, "outcome": log.get("outcome")}
 
 
+def parse_jsonl(data: bytes, parse=json.loads) -> list[dict]:
+    """The objects of JSON lines; empty lines are skipped. ValueError names a line that holds no object."""
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):  # not splitlines: text may hold other separators
+        try:
+            row = parse(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise TypeError("it is not a JSON object")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"line {number}: {error}; fix or remove the line") from None
+        rows += [row] if line.strip() else []
+    return rows
+
+
 def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
     """The entries of a log, if each is an object that has text under every key."""
     if not isinstance(entries, list):
@@ -164,10 +167,8 @@ def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
 # --- messages as token ids --------------------------------------------------------------------------------
 def plain_ids(tokenizer, text: str) -> list[int]:
     """Token ids of text that is data: a chat marker in it stays text and never becomes a special token.
-
     Game text, replies and logs may contain "<|im_end|>" or "</think>". Each such marker is encoded in two
-    pieces, its first character and the rest, neither of which a tokenizer takes for the marker.
-    """
+    pieces, its first character and the rest, neither of which a tokenizer takes for the marker."""
     markers = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
     cuts = [m.start() + 1 for m in re.finditer(f"(?={'|'.join(markers)})", text)] if markers else []
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -176,10 +177,8 @@ def plain_ids(tokenizer, text: str) -> list[int]:
 
 def chat_ids(tokenizer, message: str, thinking: bool = True) -> list[int]:
     """Token ids of one user message in the tokenizer's own chat template, up to where the reply begins.
-
     The template is rendered around a placeholder, and the message takes its place as plain text.
-    `enable_thinking` is handed to the template; one that has no such switch does not look at it.
-    """
+    `enable_thinking` is handed to the template; one that has no such switch does not look at it."""
     slot = "MESSAGE-GOES-HERE"
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": slot}],
@@ -192,3 +191,9 @@ def chat_ids(tokenizer, message: str, thinking: bool = True) -> list[int]:
         raise ValueError("the chat template does not show a user message exactly once")
     start, end = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
     return start + plain_ids(tokenizer, message) + end
+
+
+def common_prefix(sequences: list[list[int]]) -> int:
+    """The number of token ids with which all sequences begin."""
+    low, high = min(sequences), max(sequences)  # in dictionary order, all others lie between these two
+    return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))

@@ -101,7 +101,7 @@ def continuous(model, generators, stop_ids, size):
     config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=0, max_new_tokens=512)
     how = {"max_requests_per_batch": size}
     if model.device.type == "cpu":  # where it does not find out by itself how much memory is free: 2 GiB
-        how |= {"page_size": 64, "num_blocks": (2 << 30) // oel.Rows(model, 1, 1).kv.nbytes // 64}
+        how |= {"page_size": 64, "num_blocks": (2 << 30) // oel.KVCache(model, 1, 1).kv.nbytes // 64}
         how |= {"max_batch_tokens": 1024}
     how = ContinuousBatchingConfig(**how)
 
@@ -256,7 +256,7 @@ def copy_bandwidth(device) -> float:
 def traffic(model, stop_ids, make, size) -> int:
     """Bytes that our decoding steps have to read: the weights and the live cache, once a step."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    token, total = oel.Rows(model, 1, 1).kv.nbytes, 0
+    token, total = oel.KVCache(model, 1, 1).kv.nbytes, 0
 
     def count(module, args, kwargs):
         nonlocal total
@@ -346,7 +346,7 @@ def full_logits(policy, teacher, samples, cfg) -> float:
     return loss.item()
 
 
-STEPS = {"oel": lambda *step: oel.distill(*step).sum().item(), "full logits": full_logits}
+STEPS = {"oel": oel.distill, "full logits": full_logits}
 
 
 def step_inputs(told: int, device):

@@ -96,17 +96,19 @@ def accumulation(folder: Path) -> list[tuple]:
     """In-context pass rate after the lessons of k episodes in every list, before anything is learned."""
     cfg = oel.Config(**json.loads((folder / "config.json").read_text()))
     policy = oel.load_policy(cfg.model, oel.find_device(cfg.device), cfg.thinking)
-    play, read, evaluate = (oel.derive_seed(cfg.seed, *path) for path in ((1, 0), (1, 1), (0,)))
+    phase = oel.phases(cfg, 1)
     most = EPISODES[-1] if cfg.rounds > 1 else 4
-    trajectories = oel.deploy(policy, cfg, level_seeds("extraction", most, 0) * cfg.lists, play, True)
+    levels = level_seeds("extraction", most, 0) * cfg.lists
+    trajectories = oel.deploy(policy, cfg, phase["extraction"]._replace(levels=levels))
     found = []
     for k in (k for k in EPISODES if k <= most):
         try:
-            lists = oel.extract(policy, cfg, [t for i, t in enumerate(trajectories) if i % most < k], read)
+            first = [t for i, t in enumerate(trajectories) if i % most < k]
+            lists = oel.extract(policy, cfg, first, phase["lessons"])
         except oel.UsageError:  # no lesson in any
             lists = []
         lists += [None] * (cfg.lists - len(lists))  # a list without lessons plays without
-        played = oel.play_held_out(policy, cfg, cfg.eval_games, evaluate, experiences=lists)
+        played = oel.deploy(policy, cfg, phase["held out"], lists)
         found.append((1, 0, f"in_context_after_{k}_episodes", oel.pass_rate(played)))
     return found
 
@@ -121,7 +123,7 @@ def counterfactual(folder: Path) -> list[tuple]:
         told = prompts.as_items(games[0].rules())
         levels = level_seeds("held_out", len(games))
         episodes = [oel.episode(policy, g, x, str(x), cfg.reply_limit, told) for g, x in zip(games, levels)]
-        how = oel.settings(policy, cfg, oel.derive_seed(cfg.seed, 0), truncate=True)
+        how = oel.sampling(policy, cfg, oel.phases(cfg, r)["held out"], "counterfactual")
         found.append(
             (r, 0, "counterfactual_pass_rate", oel.pass_rate(oel.drive(policy.model, episodes, **how)))
         )

@@ -8,6 +8,7 @@ policy that all runs began with, and for the last policy of each. The figure nee
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -66,7 +67,8 @@ def forgetting(folders: list[Path], n: int) -> str:
 
     def probe(source: str, cfg: oel.Config) -> float:
         policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
-        return oel.pass_rate(oel.play_held_out(policy, cfg, n, oel.derive_seed(cfg.seed, 0), "renamed"))
+        phase = oel.phases(dataclasses.replace(cfg, probe_games=n), 0)["probe"]
+        return oel.pass_rate(oel.deploy(policy, cfg, phase, variant="renamed"))
 
     before = probe(configs[0].model, configs[0])
     after = [probe(str(f / f"round{cfg.rounds}/model"), cfg) for f, cfg in zip(folders, configs, strict=True)]

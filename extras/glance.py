@@ -32,7 +32,7 @@ def main() -> None:
 
     def reply(source: str, message: str, limit: int) -> str:
         policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
-        how = oel.settings(policy, cfg, cfg.seed, truncate=True)
+        how = oel.sampling(policy, cfg, oel.Phase([], cfg.seed, nucleus=True), "glance")
         (response,) = oel.sample(policy.model, [policy.encode(message)], max_new_tokens=limit, **how)
         return policy.decode(response.ids)
 

@@ -47,7 +47,7 @@ class LowRank(oel.Policy):
             layer.B = torch.nn.Parameter(torch.empty(layer.out_features, rank))
             layer.register_forward_hook(self.add)
         model.to(device)
-        self.master = self.learning()
+        self.master = [p for layer in self.adapted.values() for p in (layer.A, layer.B)]
         self.restart()
 
     def restart(self) -> None:
@@ -64,6 +64,11 @@ class LowRank(oel.Policy):
 
     def frozen(self):
         return Teacher(self)
+
+    def add_grads_to_master(self) -> None:
+        """The adapters are float32 weights themselves."""
+
+    copy_master = add_grads_to_master
 
     @torch.no_grad()
     def merge(self) -> None:

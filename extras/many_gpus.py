@@ -1,8 +1,9 @@
-"""A run on several GPUs or machines: what oel.py does when torchrun starts it. Every process does its share of all.
+"""A run on several GPUs or machines: the options are those of oel.py, and every process does its share.
 
-    torchrun --nproc-per-node 8 oel.py --model Qwen/Qwen3-1.7B
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 oel.py ...
-    torchrun --nproc-per-node 2 oel.py          # the embedded policy on a CPU, to see that it works
+    torchrun --nproc-per-node 8 extras/many_gpus.py --model Qwen/Qwen3-1.7B
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        extras/many_gpus.py ...
+    torchrun --nproc-per-node 2 extras/many_gpus.py    # the embedded policy on a CPU, to see that it works
 
 All that samples goes through `oel.drive`, all that learns through `oel.distill`: this file wraps the two. A process
 drives every n-th generator, and all hear of the results; it takes the gradient of every n-th sample, and the sum goes
@@ -54,19 +55,17 @@ def share_drive(drive):
 def share_distill(distill):
     """oel.distill, whose mean is over the tokens of this process: weighted by them, the processes' sum is the whole."""
 
-    def shared(policy, teacher, samples, cfg, **how):
+    def shared(policy, teacher, samples, cfg):
         mine = samples[RANK :: dist.get_world_size()]
         tokens, all_tokens = (sum(len(s.response_ids) for s in part) for part in (mine, samples))
-        weight, longest = tokens / all_tokens, max(len(s.response_ids) for s in samples)
-        loss = torch.zeros(longest, dtype=torch.float64, device=policy.model.device)
-        if mine:
-            part = distill(policy, teacher, mine, cfg, **how) * weight
-            loss[: len(part)] = part
+        weight = tokens / all_tokens
+        loss = torch.tensor(distill(policy, teacher, mine, cfg) * weight if mine else 0.0)
+        loss = loss.to(policy.model.device)
         for master in policy.master:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad * weight
             dist.all_reduce(master.grad)
         dist.all_reduce(loss)
-        return loss.cpu()
+        return loss.item()
 
     return shared
 
@@ -84,7 +83,9 @@ class SharedAdamW(ZeroRedundancyOptimizer):
 
 def main() -> None:
     if "RANK" not in os.environ:
-        sys.exit("this is for torchrun: torchrun --nproc-per-node N oel.py; in one process, python oel.py")
+        sys.exit(
+            "this is for torchrun: torchrun --nproc-per-node N extras/many_gpus.py; in one process, python oel.py"
+        )
     if RANK:  # one process speaks and writes the models
         oel.tqdm, sys.stdout = NoBar, open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         save = torch.save  # which processes also use to send each other objects
@@ -101,10 +102,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         argv, there = sys.argv[1:], Path(cfg.out).resolve()
         if RANK:
-            if there.is_dir():  # a run that goes on: what is recorded there is recorded here
-                ignore = shutil.ignore_patterns("lock", "*.part")
-                shutil.copytree(there, scratch, copy_function=os.symlink, ignore=ignore, dirs_exist_ok=True)
-            argv += ["--out", scratch]
+            here = f"{scratch}/run"
+            if there.is_dir():  # a run that continues: its records count here too
+                ignore = shutil.ignore_patterns("*.part")
+                shutil.copytree(there, here, copy_function=os.symlink, ignore=ignore)
+            argv += ["--out", here]
         dist.barrier()  # nobody writes before all have seen the same
         oel.main(argv)
     sys.stdout.flush()

@@ -412,7 +412,7 @@ def scored(run: Run, r: int, n: int = 3) -> list[tuple]:
     experience = min((folder / "experience").iterdir()).read_text(encoding="utf-8")
     sources = [str(run.folder / f"round{r - 1}/model") if r > 1 else cfg.model, str(folder / "model")]
     teacher, after = (oel.load_policy(source, device, cfg.thinking) for source in sources)
-    how = oel.settings(teacher, cfg, oel.derive_seed(cfg.seed, r), truncate=False)
+    how = oel.sampling(teacher, cfg, oel.Phase([], oel.derive_seed(cfg.seed, r), nucleus=False), None)
 
     @torch.no_grad()
     def score(student, x: str, ids: list[int], reply: list[int]) -> list[tuple[str, float]]:

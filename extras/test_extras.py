@@ -31,11 +31,10 @@ def test_two_processes_learn_what_one_learns(folder, lessons, tmp_path):
     one, two = (dataclasses.replace(cfg, out=str(tmp_path / name)) for name in ("one", "two"))
     oel.run(one)
     for rounds in (1, 2):
-        done = torchrun("oel.py", *arguments(dataclasses.replace(two, rounds=rounds)))
+        done = torchrun(EXTRAS / "many_gpus.py", *arguments(dataclasses.replace(two, rounds=rounds)))
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("forgetting") == 4 - rounds, "one process prints"
-        assert done.stdout.count("memory: about") == 1
-        assert done.stderr.count("deploy:   0%") == 1, "and shows its progress"
+        assert done.stderr.count("step 1/2:   0%") == 1, "and shows its progress"
     files, others = files_in(one.out), files_in(two.out)
     assert files.keys() == others.keys()
     for name in ("round1/logs.jsonl", "round1/in_context.jsonl"):
@@ -45,7 +44,6 @@ def test_two_processes_learn_what_one_learns(folder, lessons, tmp_path):
         near = 1e-5 if a["round"] == a["step"] == 1 else 1e-3  # later replies are those of other weights
         assert a["loss"] == pytest.approx(b["loss"], rel=near)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=near)
-        assert a["kl_by_position"] == pytest.approx(b["kl_by_position"], rel=10 * near, abs=1e-6)
     first, second = (load(f"{c.out}/round1/model").master for c in (one, two))
     assert all(relative(a, b) < 1e-2 for a, b in zip(first, second, strict=True))
 
@@ -124,9 +122,8 @@ def test_adapters_run_as_the_whole_model_does(folder, lessons, tmp_path):
     for rank, code in ((2, 0), (3, 2)):
         done = python(EXTRAS / "lora.py", *arguments(cfg), "--lora", rank)
         assert done.returncode == code, done.stderr[-2000:]
-        assert "memory: about" in done.stdout
     assert "lora was 2, is 3" in done.stderr
-    assert {"loss", "kl_by_position"} < set(rows_of(tmp_path / "run/steps.jsonl")[0])
+    assert "loss" in set(rows_of(tmp_path / "run/steps.jsonl")[0])
     before, after = (load(source).model for source in (folder, tmp_path / "run/round1/model"))
     changed = [name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))]
     assert changed and all("_proj.weight" in name for name in changed)
@@ -197,6 +194,16 @@ def test_forgetting_is_compared_where_both_pass_equally_often():
 
 
 # --- report.py ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "won, n, low, high",
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (64, 128, 0.4146, 0.5854)],
+)
+def test_wilson_intervals(won, n, low, high):
+    import report
+
+    assert report.wilson(won / n, n) == pytest.approx((low, high), abs=1e-4)
+
+
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m <|im_end|>"
 
 

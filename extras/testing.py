@@ -253,7 +253,9 @@ def consolidated(policy, cfg, experiences=LESSONS, played=None, state=None, stop
         if step == stop_at:
             raise KeyboardInterrupt
 
-    oel.consolidate(policy, cfg, played or logs(), experiences, 0, state, on_step)
+    oel.consolidate(
+        policy, cfg, played or logs(), experiences, oel.Phase([], 0, nucleus=False), state, on_step
+    )
     return rows
 
 
@@ -322,7 +324,7 @@ def graphs(monkeypatch):
             with Watch():
                 self.step(*self.sizes)
 
-    monkeypatch.setattr(oel, "record", Graph)
+    monkeypatch.setattr(oel, "capture", Graph)
     return made
 
 
