@@ -13,8 +13,10 @@ other letters, whose `rules()` say in words what they mean. Dynamics follow Text
 names, checked move by move; the wording is our own.
 """
 
+import functools
 import random
 import re
+import runpy
 import zlib
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
@@ -31,9 +33,7 @@ def level_seeds(split: str, n: int, start: int = 0) -> list[int]:
 
 def parse_action(reply: str, strict: bool = False) -> str | None:
     """The last bracketed action in a reply, as up, down, left or right; None if there is none.
-
-    Strict mode looks only after the closing think tag, so a thought that was cut off makes no move.
-    """
+    Strict mode looks only after the closing think tag, so a thought that was cut off makes no move."""
     if strict:
         _, closed, reply = reply.rpartition("</think>")
         if not closed:
@@ -48,10 +48,8 @@ class InvalidMove(Exception):
 
 class GridGame:
     """What both games share: turns, invalid moves and the words of the feedback.
-
     A subclass has `new_level(pick, seed)`, `load(rows)`, `board()`, `render()`, and `move(direction)`, which
-    returns (what happened, how the episode ended or "") and raises InvalidMove.
-    """
+    returns (what happened, how the episode ended or "") and raises InvalidMove."""
 
     task = (
         "You are P on a grid and make one move a turn. Pick the action that reaches the goal in the fewest "
@@ -124,10 +122,8 @@ class GridGame:
 
 class FrozenLake(GridGame):
     """Walk from the top left to the goal at the bottom right; stepping on a hole loses.
-
     `hole` and `goal` are letters; several letters in one string all mean the same. Any other letter on a
-    board is harmless.
-    """
+    board is harmless."""
 
     things = (("hole", "H"), ("goal", "G"))
 
@@ -223,10 +219,8 @@ class Sokoban(GridGame):
 
     def new_level(self, pick, seed: int) -> list[str]:
         """A room with one box, up to three inner walls, and a shortest solution of 1 to 5 moves.
-
         The length goes round with the seed, so that all five have equal shares of the levels. A room belongs
-        to one split, by its checksum: no held-out room is ever played to learn from.
-        """
+        to one split, by its checksum: no held-out room is ever played to learn from."""
         n, wanted = self.size, 1 + seed // len(SPLITS) % 5
         inside = [(r, c) for r in range(1, n - 1) for c in range(1, n - 1)]
         while True:
@@ -298,3 +292,9 @@ class Sokoban(GridGame):
 
 
 GAMES = {"frozenlake": FrozenLake, "sokoban": Sokoban}
+
+
+@functools.cache  # the file of a user's own game runs once
+def games_in(file: str) -> dict:
+    """The games of a Python file by name, or those above if no file is named."""
+    return runpy.run_path(file) if file else GAMES

@@ -18,10 +18,9 @@ experience e. The teacher, the same model frozen at the start of the round, scor
 
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
-Both logits are divided by the temperature at which y is sampled. No gradient flows through the sampling of y, so
-a step is plain supervised learning on the student's own replies.
+Here the mean is over all response tokens of a step, so each token counts the same. Both logits are divided by
+the temperature at which y is sampled. No gradient flows through the sampling of y.
 
-Callers stand above what they call: first the method, then the policy, the sampler and the run folder.
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens of a batch, R rows of the KV cache.
 """
 
@@ -36,7 +35,6 @@ import functools
 import json
 import math
 import random
-import runpy
 import shutil
 import sys
 import tempfile
@@ -56,7 +54,6 @@ import prompts
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
 FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add yours once its test passes
 status = {"phase": "start"}  # what the run is doing, for the message after Ctrl-C
-run_file = functools.cache(runpy.run_path)  # a Python file with a game of the user's own
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -136,12 +133,8 @@ def derive_seed(*parts: int) -> int:
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
-Phase = namedtuple(
-    "Phase", "levels seed nucleus"
-)  # what it plays, its sampling noise, and its kind of sampling
-Sample = namedtuple(
-    "Sample", "prompt_ids teacher_ids response_ids"
-)  # a reply, and the prompts it is scored after
+Phase = namedtuple("Phase", "levels seed nucleus")  # what to play, the noise, and whether from a nucleus
+Sample = namedtuple("Sample", "prompt_ids teacher_ids response_ids")  # a reply, and the two prompts before it
 
 
 def run(cfg: Config) -> list[dict]:
@@ -157,9 +150,8 @@ def run(cfg: Config) -> list[dict]:
         with atomic(out / "config.json") as part:
             part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         if cfg.logs:  # the user's logs take the place of what deploy would record
-            own = read_jsonl(Path(cfg.logs), prompts.parse_log)
+            own, n = read_jsonl(Path(cfg.logs), prompts.parse_log), cfg.steps * cfg.batch_episodes
             write_jsonl(out / "round1/trajectories.jsonl", own)
-            n = cfg.steps * cfg.batch_episodes
             write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(n)])
         if not done:
             measure(policy, cfg, 0, 0, out, time.perf_counter())
@@ -172,21 +164,14 @@ def run(cfg: Config) -> list[dict]:
 
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
     """What every phase of round r plays and samples with: the levels, the seed of the noise, the sampling.
-
     Extraction, deployment and held-out levels are disjoint, and rounds share the held-out ones alone. Phases with
-    `nucleus` sample by --top-p and --top-k. Logged prompts and students use the whole softmax, as the KL does.
-    """
-
-    def levels(split: str, n: int, first: int = 0) -> list[int]:
-        if cfg.logs:  # nothing is played, and no game is imported
-            return []
-        from envs import level_seeds
-
-        return level_seeds(split, n, first)
-
-    n, k, seed = cfg.steps * cfg.batch_episodes, cfg.episodes, functools.partial(derive_seed, cfg.seed)
-    if cfg.experience or cfg.context == "none":  # no lessons will be extracted
-        k = 0
+    `nucleus` sample by --top-p and --top-k. Logged prompts and students use the whole softmax, as the KL does."""
+    if cfg.logs:  # nothing is played, and no game is imported
+        levels = lambda *_: []
+    else:
+        from envs import level_seeds as levels
+    n, seed = cfg.steps * cfg.batch_episodes, functools.partial(derive_seed, cfg.seed)
+    k = 0 if cfg.experience or cfg.context == "none" else cfg.episodes  # 0: no lessons are extracted
     return {
         "extraction": Phase(levels("extraction", k, r * k) * cfg.lists, seed(r, 0), nucleus=True),
         "lessons": Phase([], seed(r, 1), nucleus=True),
@@ -203,8 +188,7 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
 
     def on_step(step: int, row: dict) -> None:
         add_row(out / "steps.jsonl", {"round": r, "step": step, **row})
-        tqdm.write(f"round {r} step {step}: loss {row['loss']:.4f}, gradient {row['grad_norm']:.3f}, "
-                   f"{row['tokens']} tokens, {row['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+        tqdm.write(f"round {r} step {step}: " + ", ".join(f"{name} {x:.4g}" for name, x in row.items()))
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             measure(policy, cfg, r, step, out, began)
 
@@ -230,11 +214,8 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
         return
     metrics, played = evaluate(policy, cfg, phases(cfg, r))
     write_jsonl(out / f"round{r}/held_out.jsonl", played)
-    in_context = pass_rate(
-        read_jsonl(out / f"round{r}/in_context.jsonl")
-    )  # of the policy that began the round
-    seconds = time.perf_counter() - began
-    row = {"round": r, "step": step, **metrics, "in_context_pass_rate": in_context, "seconds": seconds}
+    metrics["in_context_pass_rate"] = pass_rate(read_jsonl(out / f"round{r}/in_context.jsonl"))
+    row = {"round": r, "step": step, **metrics, "seconds": time.perf_counter() - began}
     add_row(out / "metrics.jsonl", row)
     tqdm.write(table([row]))
 
@@ -242,8 +223,7 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
 # --- deploy: the user side, and the only part that plays --------------------------------------------------
 def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant: str = "") -> list[dict]:
     """Play one episode on each of the phase's levels; return the trajectories, [] if the game lacks the variant.
-    Only evaluation puts `experiences` into prompts (list i mod L on level i) or plays variants: "unseen" boards of
-    another size, and "renamed" ones with new letters and the rules in the prompt: can it still use what it reads?"""
+    Only evaluation shows `experiences` (list i mod L on level i) and plays variants. "renamed" shows the rules."""
     episodes = []
     for i, level in enumerate(phase.levels):
         game = make_game(cfg, variant, seed=i)
@@ -258,8 +238,7 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
 def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience: str | None = None):
     """Play one episode, as a generator. Returns the trajectory: {"id", "turns", "outcome"}.
     A turn is {"prompt", "response", "feedback"}: the whole user message WITHOUT experience, the reply as the
-    model wrote it, and everything that the game said next. Nothing learns from `outcome`; it is for people.
-    """
+    model wrote it, and everything that the game said next. Nothing learns from `outcome`; it is for people."""
     observations, turns, done = [game.reset(level)], [], False
     counts = {"reply_tokens": 0, "truncated": 0, "unclosed": 0}
     while not done:
@@ -278,17 +257,15 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
 
 
 def make_game(cfg: Config, variant: str = "", seed: int = 0):
-    """A game, or its variant "unseen" or "renamed"; None where the game has no such variant."""
-    from envs import GAMES
+    """A game, or its variant "unseen" (other sizes) or "renamed" (new letters); None where it has no such variant."""
+    from envs import GAMES, games_in
 
     file, _, name = cfg.env.rpartition(":")
-    games = run_file(file) if file else GAMES
-    if name not in games:
+    if name not in (games := games_in(file)):
         raise UsageError(f"--env {cfg.env}: no game {name}; choose from {', '.join(GAMES)}, or FILE.py:CLASS")
     maker = getattr(games[name], variant, None) if variant else games[name]
-    options = {"seed": seed} if variant == "renamed" else {}
-    if cfg.strict and cfg.thinking:  # without thinking there is no closing tag to wait for
-        options["strict"] = True
+    options = {"strict": True} if cfg.strict and cfg.thinking else {}  # else no tag to wait for
+    options |= {"seed": seed} if variant == "renamed" else {}
     return maker and maker(**options)
 
 
@@ -302,13 +279,11 @@ def sampling(policy: Policy, cfg: Config, phase: Phase, desc: str) -> dict:
 # --- extract: text in, text out ---------------------------------------------------------------------------
 def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase) -> list[str]:
     """Write up to `cfg.lists` lists in parallel, each from its own share of the trajectories; drop empty ones."""
-    if cfg.context == "none":  # a control, whose teacher knows no more than the student
-        return []
-    if cfg.experience:
-        return [Path(cfg.experience).read_text("utf-8").strip()]
+    if cfg.context == "none" or cfg.experience:  # a control without lessons; or they are given
+        return [] if cfg.context == "none" else [Path(cfg.experience).read_text("utf-8").strip()]
     if cfg.extractor:
-        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking)
-    size = math.ceil(len(trajectories) / cfg.lists)
+        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype)
+    size = math.ceil(len(trajectories) / cfg.lists)  # phases repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
         how = cfg.reasoning, cfg.experience_budget, policy.count_tokens
@@ -327,8 +302,8 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
     """Fold one list of lessons over trajectories (Eq. 1), as a generator. The list starts empty."""
     experience, budget = "", cfg.experience_budget
     for trajectory in trajectories:
-        previous = experience if cfg.previous else ""
-        message = prompts.extraction_prompt(trajectory, previous, cfg.form, cfg.reasoning)
+        shown = experience if cfg.previous else ""
+        message = prompts.extraction_prompt(trajectory, shown, cfg.form, cfg.reasoning)
         response = yield Request(policy.encode(message), budget)
         lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
         experience = prompts.accumulate(experience, lessons, budget, policy.count_tokens)  # Eq. 1
@@ -340,17 +315,15 @@ def consolidate(
     policy: Policy, cfg: Config, logs: list[dict], experiences: list[str] | None, phase: Phase,
     state: Path | None = None, on_step: Callable[[int, dict], None] = lambda step, row: None,
 ) -> None:  # fmt: skip
-    """Distil the experience lists into the policy's weights, on-policy (Eq. 2).
-    Each step answers every prompt of the next `cfg.batch_episodes` logged trajectories once and updates once.
-    `experiences=None` is a control whose teacher knows no more than the student. `state` is a file to resume
-    from. FloatingPointError, before any weight is changed, for a loss or gradient that is not finite."""
-    teacher = policy.frozen()
+    """Distil the experience lists into the policy's weights, on-policy (Eq. 2); None is a control without any.
+    A step answers every prompt of the next `cfg.batch_episodes` logged trajectories once and updates once.
+    `state` is a file to resume from. FloatingPointError, with no weight changed, for a loss that is not finite."""
+    teacher = policy.frozen()  # before a saved state is loaded: the policy with which the round began
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
-    assert len(logs) >= cfg.steps * cfg.batch_episodes, f"{len(logs)} logs are too few"
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
-    if cfg.checkpointing:  # under its new name or its old one
-        old = getattr(policy.model, "gradient_checkpointing_enable", None)
-        getattr(policy.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    if cfg.checkpointing:
+        new = getattr(policy.model, "activation_checkpointing_enable", None)  # its name in newer transformers
+        (new or policy.model.gradient_checkpointing_enable)({"use_reentrant": False})
     done = 0
     if state and state.exists():  # continue a consolidation that was stopped
         try:
@@ -363,8 +336,7 @@ def consolidate(
         policy.copy_master()
     for step in range(done + 1, cfg.steps + 1):
         began = time.perf_counter()
-        batch = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
-        samples = sample_responses(policy, teacher, cfg, batch, experiences, phase, step)
+        samples = sample_responses(policy, teacher, cfg, logs, experiences, phase, step)
         loss = distill(policy, teacher, samples, cfg)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.master, cfg.clip).item()
         if not math.isfinite(loss + grad_norm):
@@ -382,7 +354,8 @@ def consolidate(
 
 
 def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step: int) -> list[Sample]:
-    """Answer every prompt of the logs once: y ~ pi_theta(.|x), or off-policy y ~ pi_teacher(.|e, x)."""
+    """Answer each prompt of the step's logs once: y ~ pi_theta(.|x), or off-policy y ~ pi_teacher(.|e, x)."""
+    logs = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
     student_prompts = [turn["prompt"] for trajectory in logs for turn in trajectory["turns"]]
     teacher_prompts = student_prompts
     if experiences is not None:  # each prompt gets one of the lists, drawn at random
@@ -404,8 +377,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
     for batch in micro_batches(samples, cfg.micro_tokens):
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. Its prompts begin with one experience: their common prefix runs once for all of them.
-        # The last token predicts the response and never belongs to it. A control computes as the student does.
+        # 1. The teacher. A prefix that all its prompts share runs once, but not in a control, whose KL must be 0.
         alone = len(batch) == 1 or teacher_ids == prompt_ids
         prefix = 0 if alone else prompts.common_prefix([ids[:-1] for ids in teacher_ids])
         with torch.no_grad():
@@ -418,11 +390,8 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         kl, hidden_grad, head_grad = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, **how)
         losses.append(kl.sum())
         # 4. The rest of the backward pass, through the decoder.
-        outputs, grads = [hidden], [hidden_grad.div_(num_tokens)]
-        if head_grad is not None:
-            outputs.append(heads[0])
-            grads.append(head_grad.div_(num_tokens).to(heads[0].dtype))
-        torch.autograd.backward(outputs, grads)
+        pairs = [(x, g) for x, g in ((hidden, hidden_grad), (heads[0], head_grad)) if g is not None]
+        torch.autograd.backward([x for x, _ in pairs], [g.div_(num_tokens).to(x.dtype) for x, g in pairs])
         policy.add_grads_to_master()
     return torch.stack(losses).cpu().double().sum().item() / num_tokens
 
@@ -431,24 +400,20 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
 def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="reverse", chunk=256):
     """KL(student || teacher) at N positions, in nats and exact over V, and the gradients of its sum (Eq. 2).
 
-    Takes hidden states (N, D) of student and teacher, their heads (V, D), and the sampling temperature. Returns
-    the KL (N,) and its gradients by hs (N, D) and by ws (V, D), the latter None for a frozen head. `top_k` sums
+    Takes hidden states (N, D) of student and teacher, their heads (V, D) and the sampling temperature. Returns the
+    KL (N,) and its gradients by hs (N, D) and by ws (V, D), or None for a frozen head. `top_k` sums a reverse KL
     over the student's top tokens only, as the authors do. direction="forward" is KL(teacher || student).
-
     With p = softmax(hs ws^T / T), q = softmax(ht wt^T / T) and d = log p - log q, the KL is sum_j p_j d_j. Its
     gradient by the student's logits is p_j (d_j - KL) / T. When p is nearly one-hot, d_j and the KL agree in
-    almost all digits, and rounding destroys their difference. So we first subtract d at the likeliest token.
-    """
+    almost all digits, and rounding destroys their difference. So we first subtract d at the likeliest token."""
     if (len(hs), len(ws)) != (len(ht), len(wt)):
         raise ValueError(f"student and teacher differ in shape: {[tuple(x.shape) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
     head_grad = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
-    # The full (N, V) logits never exist. Every chunk of positions reuses three (n, V) buffers, because on a CPU
-    # new ones take as much time as filling them. One after the other, they hold:
-    #     a:  logits, then d, then the gradient by the logits
-    #     b:  log p, then p
-    #     c:  log q, then q if the direction is forward, else p * d
+    # The full (N, V) logits never exist. Chunks of n positions reuse three (n, V) buffers, because on a CPU new
+    # ones take as long as filling them. One after the other, they hold:
+    #     a: logits, d, gradient by the logits     b: log p, p     c: log q, then q (forward) or p * d (reverse)
     buffers = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
     for start in range(0, len(hs), chunk):
         rows = slice(start, start + chunk)
@@ -456,9 +421,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
         for hidden, head, log_probs in ((hs, ws, b), (ht, wt, c)):
             logits = torch.mm(hidden[rows], head.T, out=a if hidden.dtype == exact else None).to(exact)
             torch.log_softmax(logits.div_(temperature), -1, out=log_probs)
-        d = torch.sub(b, c, out=a)
-        offset = d.gather(-1, b.argmax(-1, keepdim=True))  # (n, 1)
-        p = b.exp_()
+        d, p = torch.sub(b, c, out=a), b.exp_()
         if direction == "forward":  # -sum_j q_j d_j, with the gradient p_j - q_j
             q = c.exp_()
             kl.append(-torch.linalg.vecdot(q, d))
@@ -469,6 +432,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
                 d.add_(1).mul_(kept)
                 offset = -torch.linalg.vecdot(p, kept)[:, None]
             else:
+                offset = d.gather(-1, p.argmax(-1, keepdim=True))  # (n, 1)
                 d.sub_(offset)
             mean = torch.mul(p, d, out=c).sum(-1, keepdim=True)  # (n, 1)
             kl.append((mean + offset)[:, 0])
@@ -483,19 +447,17 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
 
 
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], prefix: int = 0):
-    """Hidden states (N, D) from which the response tokens are predicted, and those tokens (N,).
-    Padding is on the right, where causal attention never looks. The mask comes from lengths, not from pad ids, so
-    a sampled stop token is trained on. The first `prefix` tokens, equal in all prompts, run once."""
+    """Hidden states (N, D) from which the response tokens are predicted, and those tokens (N,). The mask comes from
+    lengths, so a sampled stop token is trained on. The first `prefix` tokens, equal in all prompts, run once."""
     decoder, cache = model.get_decoder(), None
     if prefix:
         shared = torch.tensor([prompt_ids[0][:prefix]], device=model.device)
         cache = decoder(input_ids=shared, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(prompt_ids))
     sequences = [prompt[prefix:] + reply for prompt, reply in zip(prompt_ids, response_ids, strict=True)]
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # (B, T)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in sequences], batch_first=True)  # (B, T)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, (tokens, reply) in enumerate(zip(sequences, response_ids, strict=True)):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, len(tokens) - len(reply) - 1 : len(tokens) - 1] = True  # position t predicts token t + 1
     hidden = decoder(input_ids=ids.to(model.device), past_key_values=cache, use_cache=prefix > 0)[0]
     return hidden[mask.to(model.device)], ids.roll(-1, 1)[mask]  # (B, T, D) -> (N, D)
@@ -503,15 +465,13 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Cut samples into batches of one experience and similar length: of `budget` padded tokens, or one sample."""
-
-    def experience_and_width(s: Sample) -> tuple[list[int], int]:
-        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # the prompt begins with it
+    keyed, batches, former = [], [], None
+    for s in samples:
+        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # the beginning of e
         # The teacher's prompt counts a quarter: its experience runs once for all, and it needs no gradient.
-        return experience, max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
-
-    batches, former = [], None
-    for s in sorted(samples, key=experience_and_width):
-        experience, width = experience_and_width(s)
+        width = max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
+        keyed.append((experience, width, s))
+    for experience, width, s in sorted(keyed, key=lambda entry: entry[:2]):
         if experience != former or (len(batches[-1]) + 1) * width > budget:
             batches.append([])
         batches[-1].append(s)
@@ -538,13 +498,11 @@ def pass_rate(trajectories: list[dict]) -> float | None:
 # --- the policy -------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Policy:
-    """A model with its tokenizer: text in, text out. In bf16 on CUDA and in float32 elsewhere (--dtype).
-    `master` are its parameters in float32. These are optimized and saved, because bf16 would lose a step of 1e-6.
-    """
+    """A model with its tokenizer: text in, text out. In bf16 on CUDA and in float32 elsewhere (--dtype)."""
 
     model: torch.nn.Module
     tokenizer: object
-    master: list[torch.Tensor]
+    master: list[torch.Tensor]  # float32 parameters, optimized and saved: bf16 would lose a step of 1e-6
     stop_ids: frozenset[int]
     vocab_size: int  # ids the tokenizer knows; a head may have more rows, which are never sampled or scored
     thinking: bool = True
@@ -588,8 +546,7 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
         raise UsageError(f"the tokenizer of {source!r} lacks chat template or vocabulary: take a chat model")
     if vocab_size > ids:
         raise UsageError(f"the tokenizer of {source!r} has {vocab_size} ids, but its model only {ids}")
-    model.eval().to(device)
-    master = list(model.parameters())
+    master = list(model.eval().to(device).parameters())
     if (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":
         master = [p.detach() for p in master]
         for p in model.parameters():  # not model.to(bf16), which would also round the rotary frequencies
@@ -612,13 +569,13 @@ def check_supported(model) -> None:
 def check_fits(model, prompt_len: int, reply_len: int) -> None:
     context = getattr(model.config, "max_position_embeddings", math.inf)
     if min(prompt_len, reply_len) < 1 or prompt_len + reply_len > context:
-        sizes = f"a prompt of {prompt_len} and a reply of {reply_len} tokens"
-        raise UsageError(f"{sizes} do not fit: each needs at least 1, and the context holds {context}")
+        raise UsageError(
+            f"{prompt_len} prompt and {reply_len} reply tokens do not fit a context of {context}"
+        )
 
 
 def find_device(name: str = "") -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
-    best = found.type if found else "cpu"
+    best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # mps, ...
     if name.split(":")[0] not in ("", "cpu", best):
         raise UsageError(f"--device {name} is not available here; choose {best} or cpu")
     return torch.device(name or best)
@@ -630,6 +587,9 @@ def find_device(name: str = "") -> torch.device:
 Request = namedtuple("Request", "ids max_new_tokens")  # token ids of a prompt, and the reply's largest length
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 Reply = namedtuple("Reply", "owner turn request ids")  # generator, number of its request, and tokens so far
+# One forward pass as attention sees it: new tokens go to `positions` (B, t) of `row_ids` (B,). The first `reach`
+# tokens of `rows` are visible; these are the same rows, as a slice where they are adjacent.
+View = namedtuple("View", "cache rows row_ids positions reach")
 
 
 def sample(model, prompt_ids: list, *, max_new_tokens: int | list[int], **options) -> list[Response]:
@@ -672,7 +632,7 @@ class Sampler:
         self.results = [None] * len(generators)
         self.waiting = []  # replies without a row; the last is next in line
         self.rows = []  # the reply in each row of the cache that is in use, or None once it has ended
-        self.cache, self.row_len = KVCache(model, 0, 0), 1  # a row must hold so many tokens
+        self.cache, self.row_len = KVCache(model, 0, 0), 1  # tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
         torch.cuda.empty_cache()  # has no effect without CUDA
         memory = torch.cuda.mem_get_info(model.device)[0] if self.cuda else 12 << 30  # bytes
@@ -728,6 +688,7 @@ class Sampler:
     def assign_rows(self, n: int) -> list[tuple[int, int, int]]:
         """Give the next n waiting replies a row each, and copy what their prompts share with one in the cache
         (an earlier turn, the same experience). Returns of each (tokens still to run, tokens copied, row)."""
+        # Also rows whose reply has ended can be donors. One of those keeps its row, the others are overwritten.
         vacant, assigned = [row for row, reply in enumerate(self.rows) if reply is None], []
         for reply in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
             donor, shared = self.cache.longest_prefix(np.array(reply.request.ids))
@@ -735,7 +696,7 @@ class Sampler:
             vacant.remove(row)
             self.rows[row] = reply
             assigned.append((row, donor, shared))
-        for row, donor, shared in reversed(assigned):  # copies from a row come before copies into it
+        for row, donor, shared in reversed(assigned):  # so a row is copied from before it is copied to
             if row != donor:
                 self.cache.copy_row(row, self.cache, donor, shared)
         return [(len(self.rows[row].request.ids) - shared, shared, row) for row, _, shared in assigned]
@@ -743,13 +704,12 @@ class Sampler:
     def retire(self, tokens: list[int]) -> None:
         """Add each row's newest token to its reply. Where that ends the reply, advance its generator."""
         for row, (reply, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if reply is None:  # ended before; the row is still decoded, but ignored
-                continue
-            reply.ids.append(token)
-            if token in self.stop_ids or len(reply.ids) == reply.request.max_new_tokens:
-                self.rows[row] = None
+            if reply:  # else it ended before: its row is still decoded, but ignored
+                reply.ids.append(token)
                 finish = "stop" if token in self.stop_ids else "length"
-                self.advance(reply.owner, reply.turn + 1, Response(reply.ids, finish))
+                if finish == "stop" or len(reply.ids) == reply.request.max_new_tokens:
+                    self.rows[row] = None
+                    self.advance(reply.owner, reply.turn + 1, Response(reply.ids, finish))
         if not self.waiting:  # nothing will fill the free rows
             self.compact()
 
@@ -769,8 +729,7 @@ class Sampler:
         cache, device, assigned = self.cache, self.model.device, sorted(assigned)
         while assigned:
             lengths = np.array(assigned)[:, 0]  # rising
-            padded = lengths * range(1, len(lengths) + 1)
-            fits = padded <= np.minimum(1.1 * lengths.cumsum() + 64, 16384)
+            fits = lengths * range(1, len(lengths) + 1) <= np.minimum(1.1 * lengths.cumsum() + 64, 16384)
             n = max(1, int(fits.cumprod().sum()))
             unread, known = [], []
             for _, shared, row in assigned[:n]:
@@ -794,8 +753,7 @@ class Sampler:
         sizes = n, min(round_up(longest, 256 if self.cuda else 32), cache.length)
         if not self.graphs or sizes not in self.captured:  # a first step may initialise what no graph can
             self.captured[sizes] = None
-            self.decode_pass(*sizes)
-            return
+            return self.decode_pass(*sizes)
         if self.captured[sizes] is None:
             pool = next((graph.pool() for graph in self.captured.values() if graph), None)
             self.captured[sizes] = capture(self.decode_pass, sizes, pool)
@@ -822,11 +780,6 @@ class Sampler:
         cache.token[rows] = self.pick(logits, key)
 
 
-# What attention sees in one forward pass: new tokens go to `positions` (B, t) of the rows `row_ids` (B,), and the
-# first `reach` tokens of each row are visible. `rows` are the same rows, as a slice where they are adjacent.
-View = namedtuple("View", "cache rows row_ids positions reach")
-
-
 class KVCache:
     """Keys and values of R rows, one reply each, and what the device knows of these replies."""
 
@@ -836,7 +789,7 @@ class KVCache:
         shape = (2, c.num_hidden_layers, num_rows, c.num_key_value_heads, length, head_dim)  # keys, values
         # Zeros, because whatever the mask hides is multiplied by 0, and NaN * 0 is NaN.
         self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        # Four numbers a row: newest token (not in the cache yet), tokens in the cache, prompt length, noise key.
+        # Four numbers a row: newest token (sampled, but not in kv yet), tokens in kv, prompt length, noise key.
         self.state = torch.zeros(4, num_rows, dtype=torch.long, device=model.device)
         self.token, self.used, self.prompt_len, self.noise = self.state
         self.prompts = np.full((num_rows, length), -1)  # the token ids of each row's prompt
@@ -852,17 +805,14 @@ class KVCache:
         common = (self.prompts[:, : len(ids)] == ids).cumprod(1).sum(1)
         return int(common.argmax()), min(int(common.max()), len(ids) - 1)
 
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor, view: View) -> torch.Tensor:
-        """Write new keys and values (B, Hkv, t, head_dim); return the visible ones, (2, B, Hkv, reach, head_dim)."""
-        for cache, new in zip(self.kv[:, layer], (key, value), strict=True):
-            cache[view.row_ids[:, None], :, view.positions] = new.transpose(1, 2)
-        return self.kv[:, layer, view.rows, :, : view.reach]
-
 
 def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kwargs):
     """Attention over a KVCache for the model's own layers: query (B, Hq, t, head_dim) -> (B, t, Hq, head_dim).
     The Hq / Hkv queries of a key head are stacked along the sequence axis, so that no key is repeated."""
-    keys, values = oel_view.cache.update(module.layer_idx, key, value, oel_view)
+    kv, view = oel_view.cache.kv[:, module.layer_idx], oel_view  # (2, R, Hkv, length, head_dim)
+    for old, new in zip(kv, (key, value), strict=True):  # each new (B, Hkv, t, head_dim)
+        old[view.row_ids[:, None], :, view.positions] = new.transpose(1, 2)
+    keys, values = kv[:, view.rows, :, : view.reach]  # each (B, Hkv, reach, head_dim)
     q = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attention_mask, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2), None
@@ -870,12 +820,10 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
 
 def pick(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
     """Sample a token for each row: logits (B, V), key (B,) -> ids (B,). Top-k comes before top-p.
-    The Gumbel trick: the argmax of logits / T + noise is a sample of the softmax. The noise of a token is a hash
-    of (key, token), so what a row draws does not depend on its neighbours."""
-    logits = logits.float()
+    The Gumbel trick: the argmax of logits / T + noise samples the softmax; the noise is a hash of (key, token)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits.float() / temperature
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
     if top_k or top_p < 1:
         logits, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, K), falling
@@ -981,9 +929,9 @@ def discard(path: Path) -> None:
 
 def save_model(path: Path, policy: Policy) -> None:
     """A Hugging Face folder, complete or absent: float32 weights, for others to load in the config's dtype."""
-    names = [name for name, _ in policy.model.named_parameters()]
+    weights = dict(zip(dict(policy.model.named_parameters()), policy.master, strict=True))
     with atomic(path) as part:
-        policy.model.save_pretrained(part, state_dict=dict(zip(names, policy.master, strict=True)))
+        policy.model.save_pretrained(part, state_dict=weights)
         policy.tokenizer.save_pretrained(part)
 
 
@@ -1040,10 +988,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
     cfg.out = cfg.out or f"runs/{name}-{Path(cfg.logs or cfg.env.split(':')[-1]).stem}-{cfg.seed}"
     for f, flag in flags.items():
         value, zero_ok = getattr(cfg, f.name), f.default == 0 or f.name in MAY_BE_ZERO
-        if type(f.default) in (int, float) and not (0 < value < math.inf or value == 0 and zero_ok):
-            parser.error(f"{flag} is {value}: it must be {'0 or more' if zero_ok else 'more than 0'}")
-    if cfg.top_p > 1:
-        parser.error(f"--top-p is {cfg.top_p}: it must be 1 at most")
+        most = 1 if f.name == "top_p" else sys.float_info.max
+        if type(f.default) in (int, float) and not (0 < value <= most or value == 0 and zero_ok):
+            wanted = ("0 or more" if zero_ok else "more than 0") + (", 1 at most" if most == 1 else "")
+            parser.error(f"{flag} is {value}: it must be {wanted}")
     return cfg
 
 
