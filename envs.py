@@ -2,15 +2,15 @@
 
 This module knows nothing of models. A game is any class with
 
-    reset(seed) -> str                 a fresh level; the first observation
+    reset(seed) -> str                 a fresh level (draw from Random(seed); never use seed % 3, see
+                                       level_seeds); returns the first observation
     step(reply) -> (str, bool)         play the action found in a free-text reply; what the game says, and
                                        whether the episode is over (the last text tells how it ended)
     won -> bool                        whether the episode was won
 
-and, if it likes, `task` (what the player is told to do), `invalid_moves` (how many were refused), and what
-the evaluation probes: class methods `unseen()`, a harder variant, and `renamed(seed)`, the same game with
-other letters, whose `rules()` say in words what they mean. Dynamics follow TextArena's games of the same
-names, checked move by move; the wording is our own.
+and, if it likes, `task` (what the player is told to do), `invalid_moves` (how many were refused), and what the
+evaluation probes: class methods `unseen()`, a harder variant, and `renamed(seed)`, the same game with other
+letters, whose `rules()` say what they mean. Dynamics are checked against TextArena's games of these names.
 """
 
 import functools

@@ -264,9 +264,10 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
     if name not in (games := games_in(file)):
         raise UsageError(f"--env {cfg.env}: no game {name}; choose from {', '.join(GAMES)}, or FILE.py:CLASS")
     maker = getattr(games[name], variant, None) if variant else games[name]
-    options = {"strict": True} if cfg.strict and cfg.thinking else {}  # else no tag to wait for
-    options |= {"seed": seed} if variant == "renamed" else {}
-    return maker and maker(**options)
+    game = maker and maker(**({"seed": seed} if variant == "renamed" else {}))
+    if game:
+        game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
+    return game
 
 
 def sampling(policy: Policy, cfg: Config, phase: Phase, desc: str) -> dict:

@@ -1598,6 +1598,9 @@ def test_the_readme_s_own_game_can_be_played(folder, refused, tmp_path, monkeypa
     oel.main(arguments(small(model=folder, env=f"{tmp_path / 'my_game.py'}:{name}", out=run, **options)))
     assert rows_of(run / "round1/logs.jsonl")[0]["turns"][0]["feedback"]
     assert rows_of(run / "metrics.jsonl")[0]["unseen_pass_rate"] is None
+    game = oel.make_game(small(env=f"{tmp_path / 'my_game.py'}:{name}", strict=True))
+    for split in envs.SPLITS:  # residues modulo 3 would show every split one level only
+        assert len({game.reset(seed) for seed in envs.level_seeds(split, 30)}) == 3
 
 
 def test_records_survive_whatever_a_model_writes(tmp_path):
