@@ -53,7 +53,7 @@ import prompts
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
 FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add yours once its test passes
-status = {"phase": "start"}  # what the run is doing, for the message after Ctrl-C
+status = {"phase": "preparation"}  # what the run is doing, for the message after Ctrl-C
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -74,17 +74,17 @@ class Config:
     device: str = option("", "cuda, mps or cpu (default: the best available)")
     smoke: bool = option(False, "run one very small round on the named model, to see that everything works")
     thinking: bool = option(True, "let the policy reason before it answers, if its template has the switch")
-    reply_limit: int = option(1024, "new tokens in one reply of a game")
+    reply_limit: int = option(1024, "new tokens in one reply, at most")
     temperature: float = option(0.7, "temperature of every sample, and of both sides of the KL (section 4.1)")
-    top_p: float = option(0.8, "nucleus for extraction and evaluation; logged prompts and students use none")
-    top_k: int = option(20, "tokens to choose from, in the same phases as --top-p")
+    top_p: float = option(0.8, "nucleus for extraction and evaluation; replies to train on use none")
+    top_k: int = option(20, "tokens to choose from, in the same phases as --top-p; 0: all")
     strict: bool = option(False, "ignore actions inside the reasoning, so a truncated thought makes no move")
     lists: int = option(10, "independently sampled lists of lessons a round")
     episodes: int = option(15, "episodes that each list is folded over; every list gets the same levels")
     form: str = option("free", "form of the lessons", ("free", "items"))
     previous: bool = option(False, "show the extractor the list so far (E_{i-1})")
     reasoning: bool = option(True, "show the extractor the reasoning inside the replies")
-    experience_budget: int = option(2048, "tokens in a list of lessons, and new tokens in one extraction")
+    experience_budget: int = option(2048, "most tokens in a list of lessons, and of one extraction's reply")
     experience: str = option("", "file of lessons to consolidate; then none are extracted")
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
     context: str = option("items", "what the teacher sees: lessons, logs, nothing", ("items", "raw", "none"))
@@ -133,8 +133,8 @@ def derive_seed(*parts: int) -> int:
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
-Phase = namedtuple("Phase", "levels seed nucleus")  # what to play, the noise, and whether from a nucleus
-Sample = namedtuple("Sample", "prompt_ids teacher_ids response_ids")  # a reply, and the two prompts before it
+Phase = namedtuple("Phase", "levels seed nucleus")  # what to play, and how to sample the replies
+Sample = namedtuple("Sample", "prompt_ids teacher_ids response_ids")  # student's prompt, teacher's, reply y
 
 
 def run(cfg: Config) -> list[dict]:
@@ -164,8 +164,8 @@ def run(cfg: Config) -> list[dict]:
 
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
     """What every phase of round r plays and samples with: the levels, the seed of the noise, the sampling.
-    Extraction, deployment and held-out levels are disjoint, and rounds share the held-out ones alone. Phases with
-    `nucleus` sample by --top-p and --top-k. Logged prompts and students use the whole softmax, as the KL does."""
+    The seeds of the three kinds of levels are disjoint, and rounds share the held-out ones alone. Phases with
+    `nucleus` sample by --top-p and --top-k. Replies to train on use the whole softmax, as the KL does."""
     if cfg.logs:  # nothing is played, and no game is imported
         levels = lambda *_: []
     else:
@@ -173,18 +173,18 @@ def phases(cfg: Config, r: int) -> dict[str, Phase]:
     n, seed = cfg.steps * cfg.batch_episodes, functools.partial(derive_seed, cfg.seed)
     k = 0 if cfg.experience or cfg.context == "none" else cfg.episodes  # 0: no lessons are extracted
     return {
-        "extraction": Phase(levels("extraction", k, r * k) * cfg.lists, seed(r, 0), nucleus=True),
-        "lessons": Phase([], seed(r, 1), nucleus=True),
-        "deployment": Phase(levels("deployment", n, r * n), seed(r, 2), nucleus=False),
-        "student": Phase([], seed(r, 3), nucleus=False),
-        "held out": Phase(levels("held_out", cfg.eval_games), seed(0), nucleus=True),  # equal in all rounds
-        "probe": Phase(levels("held_out", cfg.probe_games), seed(0), nucleus=True),
+        "games to extract from": Phase(levels("extraction", k, r * k) * cfg.lists, seed(r, 0), nucleus=True),
+        "extraction": Phase([], seed(r, 1), nucleus=True),
+        "games to train on": Phase(levels("deployment", n, r * n), seed(r, 2), nucleus=False),
+        "consolidation": Phase([], seed(r, 3), nucleus=False),
+        "evaluation": Phase(levels("held_out", cfg.eval_games), seed(0), nucleus=True),  # equal in all rounds
+        "probes": Phase(levels("held_out", cfg.probe_games), seed(0), nucleus=True),
     }
 
 
 def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
     """Round r of the algorithm. Changes the policy in place."""
-    began, phase, folder = time.perf_counter(), phases(cfg, r), out / f"round{r}"
+    began, plan, folder = time.perf_counter(), phases(cfg, r), out / f"round{r}"
 
     def on_step(step: int, row: dict) -> None:
         add_row(out / "steps.jsonl", {"round": r, "step": step, **row})
@@ -194,14 +194,15 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
 
     if not (folder / "model").exists():
         # 1. and 2. Play the extraction levels, and write lists of lessons about what happened.
-        played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, phase["extraction"])
-        lists = recorded(folder / "experience", extract, policy, cfg, played, phase["lessons"])
-        recorded(folder / "in_context.jsonl", deploy, policy, cfg, phase["probe"], lists)
+        played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, plan["games to extract from"])
+        lists = recorded(folder / "experience", extract, policy, cfg, played, plan["extraction"])
+        recorded(folder / "in_context.jsonl", deploy, policy, cfg, plan["probes"], lists)
         # 1. again. Play other levels; each of their prompts will be trained on once.
-        logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, phase["deployment"])
+        logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, plan["games to train on"])
         # 3. Train until the policy plays without the lessons as it would with them.
         status["phase"] = f"round {r}, consolidation"
-        consolidate(policy, cfg, logs, lists or None, phase["student"], folder / "state/step.pt", on_step)
+        state = folder / "state/step.pt"
+        consolidate(policy, cfg, logs, lists or None, plan["consolidation"], state, on_step)
         save_model(folder / "model", policy)
     discard(folder / "state")
     measure(policy, cfg, r, cfg.steps, out, began)
@@ -295,7 +296,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.smoke:  # so few tokens hold no lesson
         lists.append(prompts.as_items(["Look before every move."]))
     if not any(lists):
-        raise UsageError("no lesson in any list: try --form free, more --experience-budget or another model")
+        raise UsageError("no lesson in any list: try more --experience-budget, --form free or another model")
     return [experience for experience in lists if experience]
 
 
@@ -378,7 +379,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
     for batch in micro_batches(samples, cfg.micro_tokens):
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A prefix that all its prompts share runs once, but not in a control, whose KL must be 0.
+        # 1. The teacher. A prefix that its prompts share runs once. A control rounds as the student does: KL 0.
         alone = len(batch) == 1 or teacher_ids == prompt_ids
         prefix = 0 if alone else prompts.common_prefix([ids[:-1] for ids in teacher_ids])
         with torch.no_grad():
@@ -404,8 +405,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     Takes hidden states (N, D) of student and teacher, their heads (V, D) and the sampling temperature. Returns the
     KL (N,) and its gradients by hs (N, D) and by ws (V, D), or None for a frozen head. `top_k` sums a reverse KL
     over the student's top tokens only, as the authors do. direction="forward" is KL(teacher || student).
-    With p = softmax(hs ws^T / T), q = softmax(ht wt^T / T) and d = log p - log q, the KL is sum_j p_j d_j. Its
-    gradient by the student's logits is p_j (d_j - KL) / T. When p is nearly one-hot, d_j and the KL agree in
+    With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
+    gradient by the student's logits is p_j (d_j - KL) / tau. When p is nearly one-hot, d_j and the KL agree in
     almost all digits, and rounding destroys their difference. So we first subtract d at the likeliest token."""
     if (len(hs), len(ws)) != (len(ht), len(wt)):
         raise ValueError(f"student and teacher differ in shape: {[tuple(x.shape) for x in (hs, ht, ws, wt)]}")
@@ -428,7 +429,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
             kl.append(-torch.linalg.vecdot(q, d))
             grad = torch.sub(p, q, out=a)
         else:
-            if top_k:  # a partial sum is no KL: it can be negative, and the gradient of log p does not cancel
+            if top_k:  # sum_{j in top} p_j d_j has the gradient p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
                 kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
                 d.add_(1).mul_(kept)
                 offset = -torch.linalg.vecdot(p, kept)[:, None]
@@ -468,7 +469,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Cut samples into batches of one experience and similar length: of `budget` padded tokens, or one sample."""
     keyed, batches, former = [], [], None
     for s in samples:
-        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # the beginning of e
+        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # template, most of e
         # The teacher's prompt counts a quarter: its experience runs once for all, and it needs no gradient.
         width = max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
         keyed.append((experience, width, s))
@@ -481,13 +482,13 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------
-def evaluate(policy: Policy, cfg: Config, phase: dict[str, Phase]) -> tuple[dict, list[dict]]:
+def evaluate(policy: Policy, cfg: Config, plan: dict[str, Phase]) -> tuple[dict, list[dict]]:
     """The metrics of a policy on held-out levels, and the trajectories behind its pass rate."""
-    played = deploy(policy, cfg, phase["held out"])
+    played = deploy(policy, cfg, plan["evaluation"])
     total = {key: sum(t["outcome"][key] for t in played) for key in played[0]["outcome"]}
     metrics = {"pass_rate": pass_rate(played), "reply_tokens": total["reply_tokens"] / total["turns"]}
     for name, variant in (("unseen", "unseen"), ("forgetting", "renamed")):
-        metrics[f"{name}_pass_rate"] = pass_rate(deploy(policy, cfg, phase["probe"], variant=variant))
+        metrics[f"{name}_pass_rate"] = pass_rate(deploy(policy, cfg, plan["probes"], variant=variant))
     rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
     return {**metrics, **rates}, played
 
@@ -558,38 +559,36 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
 
 
 def check_supported(model) -> None:
-    """Refuse models that our cache would get wrong: other families, sliding windows, coupled rotary scaling."""
+    """Refuse models that our cache would get wrong: untested families, sliding windows, rotary scaling by length."""
     config = model.config
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if config.model_type not in FAMILIES or window or rope in ("dynamic", "longrope"):
         what = f"{type(model).__name__} with sliding window {window or None} and rotary embedding {rope}"
-        raise UsageError(f"{what} is not supported: the sampler takes {', '.join(FAMILIES)} without these")
+        raise UsageError(f"{what} is not supported; choose {', '.join(FAMILIES)} with full attention")
 
 
 def check_fits(model, prompt_len: int, reply_len: int) -> None:
     context = getattr(model.config, "max_position_embeddings", math.inf)
     if min(prompt_len, reply_len) < 1 or prompt_len + reply_len > context:
-        raise UsageError(
-            f"{prompt_len} prompt and {reply_len} reply tokens do not fit a context of {context}"
-        )
+        raise UsageError(f"{prompt_len} prompt + {reply_len} reply tokens do not fit a context of {context}")
 
 
 def find_device(name: str = "") -> torch.device:
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # mps, ...
     if name.split(":")[0] not in ("", "cpu", best):
-        raise UsageError(f"--device {name} is not available here; choose {best} or cpu")
+        raise UsageError(f"--device {name} is not available; choose {' or '.join({best, 'cpu'})}")
     return torch.device(name or best)
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
 # Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs
 # any number of them at once. When a reply ends, its generator moves on, and its next prompt takes a free row.
-Request = namedtuple("Request", "ids max_new_tokens")  # token ids of a prompt, and the reply's largest length
+Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and the largest length of its reply
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
-Reply = namedtuple("Reply", "owner turn request ids")  # generator, number of its request, and tokens so far
+Job = namedtuple("Job", "owner turn request ids")  # index of the generator, of its request; reply ids so far
 # One forward pass as attention sees it: new tokens go to `positions` (B, t) of `row_ids` (B,). The first `reach`
-# tokens of `rows` are visible; these are the same rows, as a slice where they are adjacent.
+# tokens of `rows` are visible. `rows` are the rows of `row_ids`, as a slice where they are adjacent.
 View = namedtuple("View", "cache rows row_ids positions reach")
 
 
@@ -631,8 +630,8 @@ class Sampler:
         self.cuda = model.device.type == "cuda"
         self.ahead = self.cuda if ahead is None else ahead
         self.results = [None] * len(generators)
-        self.waiting = []  # replies without a row; the last is next in line
-        self.rows = []  # the reply in each row of the cache that is in use, or None once it has ended
+        self.waiting = []  # jobs without a row; the last is next in line
+        self.rows = []  # the job in each row of the cache that is in use, or None once its reply has ended
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
         torch.cuda.empty_cache()  # has no effect without CUDA
@@ -665,14 +664,14 @@ class Sampler:
             self.results[owner] = stop.value
             self.bar.update()
             return
-        check_fits(self.model, len(request.ids), request.max_new_tokens)
-        self.waiting.append(Reply(owner, turn, request, []))
-        self.row_len = max(self.row_len, round_up(len(request.ids) + request.max_new_tokens, 256))
+        check_fits(self.model, len(request.prompt_ids), request.max_new_tokens)
+        self.waiting.append(Job(owner, turn, request, []))
+        self.row_len = max(self.row_len, round_up(len(request.prompt_ids) + request.max_new_tokens, 256))
 
     def admit(self) -> None:
         """Prefill waiting prompts once over 1/8 of the rows are free, or all of them fit."""
         capacity = max(1, min(self.max_rows, self.token_budget // self.row_len))
-        free = capacity - sum(reply is not None for reply in self.rows)
+        free = capacity - sum(job is not None for job in self.rows)
         if not self.waiting or any(self.rows) and free < min(len(self.waiting), capacity // 8 + 1):
             return
         if self.row_len > self.cache.length:
@@ -687,30 +686,30 @@ class Sampler:
         self.prefill(self.assign_rows(n))
 
     def assign_rows(self, n: int) -> list[tuple[int, int, int]]:
-        """Give the next n waiting replies a row each, and copy what their prompts share with one in the cache
-        (an earlier turn, the same experience). Returns of each (tokens still to run, tokens copied, row)."""
-        # Also rows whose reply has ended can be donors. One of those keeps its row, the others are overwritten.
-        vacant, assigned = [row for row, reply in enumerate(self.rows) if reply is None], []
-        for reply in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
-            donor, shared = self.cache.longest_prefix(np.array(reply.request.ids))
+        """Give the next n waiting jobs a row each, and copy what their prompts share with one in the cache
+        (an earlier turn, the same experience). Returns (tokens to run, tokens copied, row) of each."""
+        # Ended rows can be donors too: the first job to match one takes the row itself, later ones copy from it.
+        vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
+        for job in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
+            donor, shared = self.cache.longest_prefix(np.array(job.request.prompt_ids))
             row = donor if donor in vacant else vacant[0]
             vacant.remove(row)
-            self.rows[row] = reply
-            assigned.append((row, donor, shared))
-        for row, donor, shared in reversed(assigned):  # so a row is copied from before it is copied to
+            self.rows[row] = job
+            placed.append((row, donor, shared))
+        for row, donor, shared in reversed(placed):  # so a row is copied from before it is copied to
             if row != donor:
                 self.cache.copy_row(row, self.cache, donor, shared)
-        return [(len(self.rows[row].request.ids) - shared, shared, row) for row, _, shared in assigned]
+        return [(len(self.rows[row].request.prompt_ids) - shared, shared, row) for row, _, shared in placed]
 
     def retire(self, tokens: list[int]) -> None:
         """Add each row's newest token to its reply. Where that ends the reply, advance its generator."""
-        for row, (reply, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if reply:  # else it ended before: its row is still decoded, but ignored
-                reply.ids.append(token)
+        for row, (job, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if job:  # else its reply ended before, and the row is still decoded, but ignored
+                job.ids.append(token)
                 finish = "stop" if token in self.stop_ids else "length"
-                if finish == "stop" or len(reply.ids) == reply.request.max_new_tokens:
+                if finish == "stop" or len(job.ids) == job.request.max_new_tokens:
                     self.rows[row] = None
-                    self.advance(reply.owner, reply.turn + 1, Response(reply.ids, finish))
+                    self.advance(job.owner, job.turn + 1, Response(job.ids, finish))
         if not self.waiting:  # nothing will fill the free rows
             self.compact()
 
@@ -719,8 +718,8 @@ class Sampler:
         while not all(self.rows):
             last = self.rows.pop()
             if last:
-                gap = self.rows.index(None)
-                self.cache.copy_row(gap, self.cache, len(self.rows), len(last.request.ids) + len(last.ids))
+                gap, n = self.rows.index(None), len(last.request.prompt_ids) + len(last.ids)
+                self.cache.copy_row(gap, self.cache, len(self.rows), n)
                 self.rows[gap] = last
 
     # Arithmetic, on tensors.
@@ -735,9 +734,9 @@ class Sampler:
             unread, known = [], []
             for _, shared, row in assigned[:n]:
                 owner, turn, request, _ = self.rows[row]
-                cache.prompts[row] = request.ids + [-1] * (cache.length - len(request.ids))
-                unread.append(torch.tensor(request.ids[shared:]))
-                known.append((len(request.ids), derive_seed(self.seed, owner, turn)))
+                cache.prompts[row] = request.prompt_ids + [-1] * (cache.length - len(request.prompt_ids))
+                unread.append(torch.tensor(request.prompt_ids[shared:]))
+                known.append((len(request.prompt_ids), derive_seed(self.seed, owner, turn)))
             ids = torch.nn.utils.rnn.pad_sequence(unread, batch_first=True).to(device)  # (B, t)
             _, start, rows = torch.tensor(assigned[:n], device=device).T
             cache.state[2:, rows] = torch.tensor(known, device=device).T  # prompt length, noise key
@@ -750,7 +749,7 @@ class Sampler:
         n, cache = len(self.rows), self.cache
         if self.graphs:
             n = min(1 << (n - 1).bit_length(), len(cache.token))
-        longest = max(len(reply.request.ids) + len(reply.ids) + 1 for reply in self.rows if reply)
+        longest = max(len(job.request.prompt_ids) + len(job.ids) + 1 for job in self.rows if job)
         sizes = n, min(round_up(longest, 256 if self.cuda else 32), cache.length)
         if not self.graphs or sizes not in self.captured:  # a first step may initialise what no graph can
             self.captured[sizes] = None
@@ -864,7 +863,7 @@ def check_inputs(cfg: Config, out: Path) -> None:
         make_game(cfg)
     elif not read_jsonl(Path(cfg.logs), prompts.parse_log):
         raise UsageError(f"--logs {cfg.logs}: the file does not exist or is empty")
-    lessons = Path(cfg.experience).read_text("utf-8", "replace") if cfg.experience else "none are given"
+    lessons = Path(cfg.experience).read_text("utf-8", "replace") if cfg.experience else "not given"
     if not lessons.strip() or "\ufffd" in lessons:
         raise UsageError(f"--experience {cfg.experience} is empty or not UTF-8; it should hold lessons")
     path, new = out / "config.json", dataclasses.asdict(cfg)
@@ -877,7 +876,7 @@ def check_inputs(cfg: Config, out: Path) -> None:
 
 def recorded(path: Path, stage: Callable[..., list], *args) -> list:
     """Run a stage once; always return what its record holds: a JSONL file, or a folder of lists of lessons."""
-    status["phase"] = f"{path.parent.name}, {path.stem}"
+    status["phase"] = f"{path.parent.name}, {path.stem}".replace("round", "round ", 1)
     if not path.exists():
         result = stage(*args)
         if path.suffix == ".jsonl":
@@ -891,7 +890,7 @@ def recorded(path: Path, stage: Callable[..., list], *args) -> list:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Add a row to a JSONL file. The same or later rows (round, step) are what a killed run had left."""
+    """Add a row, in place of this and all later (round, step) rows, which a killed run had left."""
     rows = [x for x in read_jsonl(path) if (x["round"], x["step"]) < (row["round"], row["step"])]
     write_jsonl(path, [*rows, row])
 
@@ -962,13 +961,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"oel.py: error: {busy if isinstance(error, TimeoutError) else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"oel.py: stopped in {status['phase']}; the same command continues {cfg.out}", file=sys.stderr)
+        goes_on = "" if cfg.smoke else f"; the same command continues {cfg.out}"
+        print(f"oel.py: stopped in {status['phase']}{goes_on}", file=sys.stderr)
         sys.exit(130)
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """The command line as a Config: what was typed, else the model's preset, else the default."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Presets by model replace [defaults].", allow_abbrev=False)
     flags = {f: "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)}
     for f, flag in flags.items():
         kind = {"type": type(f.default), "choices": f.metadata["choices"]}

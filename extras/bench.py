@@ -75,16 +75,18 @@ def lockstep(model, generators, stop_ids, size):
                 requests[i] = generators[i].send(response)
             except StopIteration as stop:
                 results[i] = stop.value
-        order, responses = sorted(requests, key=lambda i: len(requests[i].ids)), {}
+        order, responses = sorted(requests, key=lambda i: len(requests[i].prompt_ids)), {}
         for batch in (order[k : k + size] for k in range(0, len(order), size)):
             width, limits = (
-                max(len(requests[i].ids) for i in batch),
+                max(len(requests[i].prompt_ids) for i in batch),
                 [requests[i].max_new_tokens for i in batch],
             )
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             for row, i in enumerate(batch):  # padding on the left
-                ids[row, width - len(requests[i].ids) :] = torch.tensor(requests[i].ids)
-            seen = torch.arange(width)[None] >= width - torch.tensor([[len(requests[i].ids)] for i in batch])
+                ids[row, width - len(requests[i].prompt_ids) :] = torch.tensor(requests[i].prompt_ids)
+            seen = torch.arange(width)[None] >= width - torch.tensor(
+                [[len(requests[i].prompt_ids)] for i in batch]
+            )
             found = model.generate(ids.to(model.device), attention_mask=seen.long().to(model.device), **settings,
                                    generation_config=GenerationConfig(), max_new_tokens=max(limits),
                                    stopping_criteria=StoppingCriteriaList([Limits(width, limits, model.device)]))  # fmt: skip
@@ -111,7 +113,9 @@ def continuous(model, generators, stop_ids, size):
         except StopIteration as stop:
             results[i] = stop.value
         else:
-            name = manager.add_request(request.ids, max_new_tokens=request.max_new_tokens, eos_token_id=ends)
+            name = manager.add_request(
+                request.prompt_ids, max_new_tokens=request.max_new_tokens, eos_token_id=ends
+            )
             waiting[name] = i
 
     options = {"generation_config": config, "continuous_batching_config": how, "block": True, "timeout": 5}

@@ -99,16 +99,16 @@ def accumulation(folder: Path) -> list[tuple]:
     phase = oel.phases(cfg, 1)
     most = EPISODES[-1] if cfg.rounds > 1 else 4
     levels = level_seeds("extraction", most, 0) * cfg.lists
-    trajectories = oel.deploy(policy, cfg, phase["extraction"]._replace(levels=levels))
+    trajectories = oel.deploy(policy, cfg, phase["games to extract from"]._replace(levels=levels))
     found = []
     for k in (k for k in EPISODES if k <= most):
         try:
             first = [t for i, t in enumerate(trajectories) if i % most < k]
-            lists = oel.extract(policy, cfg, first, phase["lessons"])
+            lists = oel.extract(policy, cfg, first, phase["extraction"])
         except oel.UsageError:  # no lesson in any
             lists = []
         lists += [None] * (cfg.lists - len(lists))  # a list without lessons plays without
-        played = oel.deploy(policy, cfg, phase["held out"], lists)
+        played = oel.deploy(policy, cfg, phase["evaluation"], lists)
         found.append((1, 0, f"in_context_after_{k}_episodes", oel.pass_rate(played)))
     return found
 
@@ -123,7 +123,7 @@ def counterfactual(folder: Path) -> list[tuple]:
         told = prompts.as_items(games[0].rules())
         levels = level_seeds("held_out", len(games))
         episodes = [oel.episode(policy, g, x, str(x), cfg.reply_limit, told) for g, x in zip(games, levels)]
-        how = oel.sampling(policy, cfg, oel.phases(cfg, r)["held out"], "counterfactual")
+        how = oel.sampling(policy, cfg, oel.phases(cfg, r)["evaluation"], "counterfactual")
         found.append(
             (r, 0, "counterfactual_pass_rate", oel.pass_rate(oel.drive(policy.model, episodes, **how)))
         )

@@ -67,7 +67,7 @@ def forgetting(folders: list[Path], n: int) -> str:
 
     def probe(source: str, cfg: oel.Config) -> float:
         policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
-        phase = oel.phases(dataclasses.replace(cfg, probe_games=n), 0)["probe"]
+        phase = oel.phases(dataclasses.replace(cfg, probe_games=n), 0)["probes"]
         return oel.pass_rate(oel.deploy(policy, cfg, phase, variant="renamed"))
 
     before = probe(configs[0].model, configs[0])

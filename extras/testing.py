@@ -284,7 +284,7 @@ def scripted(monkeypatch, answer) -> list[str]:
         try:
             while True:
                 request = talk.send(response)
-                seen.append(tokenizer.decode(request.ids))
+                seen.append(tokenizer.decode(request.prompt_ids))
                 ids = tokenizer.encode(answer(seen[-1]))[: request.max_new_tokens]
                 response = oel.Response(ids, "stop" if ids[-1] in stop_ids else "length")
         except StopIteration as stop:
