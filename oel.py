@@ -76,7 +76,7 @@ class Config:
     thinking: bool = option(True, "let the policy reason before it answers, if its template has the switch")
     reply_limit: int = option(1024, "new tokens in one reply, at most")
     temperature: float = option(0.7, "temperature of every sample, and of both sides of the KL (section 4.1)")
-    top_p: float = option(0.8, "nucleus for extraction and evaluation; replies to train on use none")
+    top_p: float = option(0.8, "nucleus for extraction and evaluation; logs and training use none")
     top_k: int = option(20, "tokens to choose from, in the same phases as --top-p; 0: all")
     strict: bool = option(False, "ignore actions inside the reasoning, so a truncated thought makes no move")
     lists: int = option(10, "independently sampled lists of lessons a round")
@@ -95,7 +95,7 @@ class Config:
     weight_decay: float = option(0.01, "weight decay of AdamW")
     adam_eps: float = option(1e-8, "epsilon of AdamW; gradients far below it make small steps, not full ones")
     clip: float = option(1.0, "largest norm of a step's gradient")
-    kl_top_k: int = option(0, "sum the KL over the student's top tokens only (the authors: 256); 0: exact")
+    kl_top_k: int = option(0, "sum the reverse KL over the student's top tokens (the authors: 256); 0: exact")
     micro_tokens: int = option(8192, "padded tokens in one forward and backward pass")
     checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     save_every: int = option(10, "steps between the states that a killed consolidation resumes from")
@@ -155,7 +155,7 @@ def run(cfg: Config) -> list[dict]:
             write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(n)])
         if not done:
             measure(policy, cfg, 0, 0, out, time.perf_counter())
-        for r in range(max(done, 1), cfg.rounds + 1):
+        for r in range(max(done, 1), cfg.rounds + 1):  # round `done` again: its evaluation may be missing
             play_round(policy, cfg, r, out)
         metrics = read_jsonl(out / "metrics.jsonl")
     print(table([row for row in metrics if row["step"] in (0, cfg.steps)]) or f"done: {out}/round1/model")
@@ -165,7 +165,7 @@ def run(cfg: Config) -> list[dict]:
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
     """What every phase of round r plays and samples with: the levels, the seed of the noise, the sampling.
     The seeds of the three kinds of levels are disjoint, and rounds share the held-out ones alone. Phases with
-    `nucleus` sample by --top-p and --top-k. Replies to train on use the whole softmax, as the KL does."""
+    `nucleus` use --top-p, --top-k; the others (replies to distil; logs, kept for their prompts) do not."""
     if cfg.logs:  # nothing is played, and no game is imported
         levels = lambda *_: []
     else:
@@ -319,7 +319,7 @@ def consolidate(
 ) -> None:  # fmt: skip
     """Distil the experience lists into the policy's weights, on-policy (Eq. 2); None is a control without any.
     A step answers every prompt of the next `cfg.batch_episodes` logged trajectories once and updates once.
-    `state` is a file to resume from. FloatingPointError, with no weight changed, for a loss that is not finite."""
+    `state` is a file to resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
     teacher = policy.frozen()  # before a saved state is loaded: the policy with which the round began
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
@@ -379,7 +379,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
     for batch in micro_batches(samples, cfg.micro_tokens):
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A prefix that its prompts share runs once. A control rounds as the student does: KL 0.
+        # 1. The teacher. A shared prefix runs once, but never in a control (no experience): KL exactly 0.
         alone = len(batch) == 1 or teacher_ids == prompt_ids
         prefix = 0 if alone else prompts.common_prefix([ids[:-1] for ids in teacher_ids])
         with torch.no_grad():
@@ -406,8 +406,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     KL (N,) and its gradients by hs (N, D) and by ws (V, D), or None for a frozen head. `top_k` sums a reverse KL
     over the student's top tokens only, as the authors do. direction="forward" is KL(teacher || student).
     With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
-    gradient by the student's logits is p_j (d_j - KL) / tau. When p is nearly one-hot, d_j and the KL agree in
-    almost all digits, and rounding destroys their difference. So we first subtract d at the likeliest token."""
+    gradient by the student's logits is p_j (d_j - KL) / tau. When p is nearly one-hot, its d_j and the KL
+    agree in almost all digits, and rounding destroys their difference. So we first subtract this d from all."""
     if (len(hs), len(ws)) != (len(ht), len(wt)):
         raise ValueError(f"student and teacher differ in shape: {[tuple(x.shape) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
@@ -429,10 +429,10 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
             kl.append(-torch.linalg.vecdot(q, d))
             grad = torch.sub(p, q, out=a)
         else:
-            if top_k:  # sum_{j in top} p_j d_j has the gradient p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
+            if top_k:  # with k = kept, the gradient is p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
                 kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
                 d.add_(1).mul_(kept)
-                offset = -torch.linalg.vecdot(p, kept)[:, None]
+                offset = -torch.linalg.vecdot(p, kept)[:, None]  # takes the + 1 out of the KL again
             else:
                 offset = d.gather(-1, p.argmax(-1, keepdim=True))  # (n, 1)
                 d.sub_(offset)
@@ -561,7 +561,7 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
 def check_supported(model) -> None:
     """Refuse models that our cache would get wrong: untested families, sliding windows, rotary scaling by length."""
     config = model.config
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if config.model_type not in FAMILIES or window or rope in ("dynamic", "longrope"):
         what = f"{type(model).__name__} with sliding window {window or None} and rotary embedding {rope}"
@@ -588,7 +588,7 @@ Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and th
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, of its request; reply ids so far
 # One forward pass as attention sees it: new tokens go to `positions` (B, t) of `row_ids` (B,). The first `reach`
-# tokens of `rows` are visible. `rows` are the rows of `row_ids`, as a slice where they are adjacent.
+# tokens of these rows are visible. `rows` indexes the same rows, by a slice where it can (a view, not a copy).
 View = namedtuple("View", "cache rows row_ids positions reach")
 
 
@@ -669,10 +669,10 @@ class Sampler:
         self.row_len = max(self.row_len, round_up(len(request.prompt_ids) + request.max_new_tokens, 256))
 
     def admit(self) -> None:
-        """Prefill waiting prompts once over 1/8 of the rows are free, or all of them fit."""
+        """Prefill waiting prompts, but not before over 1/8 of the rows are free or all these prompts fit."""
         capacity = max(1, min(self.max_rows, self.token_budget // self.row_len))
         free = capacity - sum(job is not None for job in self.rows)
-        if not self.waiting or any(self.rows) and free < min(len(self.waiting), capacity // 8 + 1):
+        if not self.waiting or free < min(len(self.waiting), capacity // 8 + 1):
             return
         if self.row_len > self.cache.length:
             self.compact()
@@ -688,7 +688,7 @@ class Sampler:
     def assign_rows(self, n: int) -> list[tuple[int, int, int]]:
         """Give the next n waiting jobs a row each, and copy what their prompts share with one in the cache
         (an earlier turn, the same experience). Returns (tokens to run, tokens copied, row) of each."""
-        # Ended rows can be donors too: the first job to match one takes the row itself, later ones copy from it.
+        # A vacant donor goes to the first job that matches it, so only later jobs copy from a row given away.
         vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
         for job in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
             donor, shared = self.cache.longest_prefix(np.array(job.request.prompt_ids))
