@@ -21,41 +21,18 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 import envs
 import oel
 import prompts
 from envs import FrozenLake, Sokoban
-from extras.testing import (
-    GQA,
-    LESSONS,
-    ROOT,
-    HotCold,
-    arguments,
-    build,
-    consolidated,
-    count_characters,
-    draw_prompts,
-    files_in,
-    frozen,
-    gradients,
-    greedy,
-    input_shapes,
-    load,
-    logs,
-    make_model,
-    make_samples,
-    make_tokenizer,
-    plain_greedy,
-    play,
-    python,
-    relative,
-    rows_of,
-    save_policy,
-    scripted,
-    small,
-    spy,
-)
+
+# isort: off
+from extras.testing import GQA, LESSONS, ROOT, HotCold, arguments, build, consolidated, count_characters
+from extras.testing import draw_prompts, files_in, frozen, gradients, greedy, input_shapes, load, logs
+from extras.testing import make_model, make_samples, make_tokenizer, plain_greedy, play, python, relative
+from extras.testing import rows_of, save_policy, scripted, small, spy
 
 pytest_plugins = ["extras.testing"]
 
@@ -1121,6 +1098,35 @@ def test_without_experience_there_is_nothing_to_learn(which, thinking, folder):
         assert learns if experiences else abs(row["loss"]) < 1e-9 and row["grad_norm"] < 1e-6
 
 
+def test_the_optimizer_is_adamw_with_the_settings(policy, monkeypatch):
+    """Catches: weight decay, betas, epsilon, the learning rate or the clipping of the gradient ignored."""
+    steps = itertools.count(1)
+
+    def set_gradients(policy, teacher, samples, cfg):
+        fill(policy.master, next(steps))
+        return 0.0
+
+    def fill(weights, step):
+        for i, p in enumerate(weights):
+            p.grad = torch.linspace(-1, 2 * step, p.numel()).view_as(p) * (1 + i)
+
+    monkeypatch.setattr(oel, "distill", set_gradients)
+    wanted = [p.detach().clone().requires_grad_() for p in policy.master]
+    settings = {"lr": 0.03, "weight_decay": 0.2, "eps": 1e-3}
+    optimizer = torch.optim.AdamW(wanted, betas=(0.9, 0.999), **settings)
+    for step in (1, 2, 3):
+        fill(wanted, step)
+        norm = torch.cat([p.grad.flatten() for p in wanted]).norm()
+        assert norm > 10
+        for p in wanted:
+            p.grad *= 0.5 / norm
+        optimizer.step()
+    settings = {"lr": 0.03, "weight_decay": 0.2, "adam_eps": 1e-3, "clip": 0.5}
+    rows = consolidated(policy, small(steps=3, **settings))
+    assert rows[-1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), "the norm before it is clipped"
+    assert all(relative(p, q) < 1e-5 for p, q in zip(policy.master, wanted, strict=True))
+
+
 def test_an_empty_list_of_experiences_is_no_control(policy):
     """Catches: `[]` taken for None, which silently trains towards a teacher without experience."""
     for nothing in ([], [" \n"]):
@@ -1502,7 +1508,7 @@ def test_a_run_folder_that_is_none_is_an_error(refused, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_folder_in_use_is_refused(folder, refused, tmp_path):
+def test_a_folder_in_use_is_refused(folder, refused, tmp_path, monkeypatch):
     """Catches: two runs that overwrite each other's files."""
     out = tmp_path / "busy"
     command = [sys.executable, "-u", "-c", HOLD, f"{out}.lock"]
@@ -1511,8 +1517,17 @@ def test_a_folder_in_use_is_refused(folder, refused, tmp_path):
         assert "in use" in refused(out=out)
         assert not out.exists()
         other.kill()
+    held, evaluate = [], oel.evaluate
+
+    def watch(*given):  # whether the lock is held while the run goes on
+        with pytest.raises(TimeoutError):
+            FileLock(f"{out}.lock", blocking=False).acquire()
+        held.append(True)
+        return evaluate(*given)
+
+    monkeypatch.setattr(oel, "evaluate", watch)
     oel.main(arguments(small(model=folder, out=out, rounds=0)))
-    assert (out / "metrics.jsonl").exists()
+    assert held and (out / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"no archive"])
@@ -1757,6 +1772,62 @@ def test_rounds_and_levels_are_never_played_twice(whole):
         levels[r, name] = {re.search(r"level(\d+)", log["id"])[1] for log in rows}
     assert levels.pop((1, "held_out")) == levels[2, "held_out"]
     assert sum(map(len, levels.values())) == len(set().union(*levels.values())), "a level is shared"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_phase_has_its_own_levels_noise_and_sampling(seed, folder, tmp_path, monkeypatch):
+    """Catches: levels of another split; a nucleus where the whole softmax belongs, or the other way round; noise that
+    repeats in every step or round, ignores --seed, or changes between evaluations; the in-context evaluation without
+    lessons or with the first list alone; a teacher that always reads one list, or one for a whole batch."""
+    episode, shown = spy(monkeypatch, "episode"), spy(monkeypatch, "with_experience", prompts)
+    real_drive, calls = oel.drive, []
+
+    def drive(model, generators, *, desc, seed, top_p=1.0, top_k=0, **how):
+        episodes = [(call.args[2], call.args[5]) for call in episode.call_args_list]  # level, experience
+        drawn = [call.args[1] for call in shown.call_args_list if "step" in desc]  # for the teacher's prompts
+        calls.append((desc, seed, (top_p, top_k), episodes, drawn))
+        episode.reset_mock()
+        result = real_drive(model, generators, seed=seed, top_p=top_p, top_k=top_k, **how)
+        shown.reset_mock()
+        return result
+
+    monkeypatch.setattr(oel, "drive", drive)
+    count_characters(monkeypatch, 9)
+    sizes = {"episodes": 2, "lists": 3, "batch_episodes": 3, "eval_games": 3, "probe_games": 4, "rounds": 2}
+    how = {"seed": seed, "form": "free", "experience_budget": 60, "top_k": 9, "out": tmp_path / "run"}
+    cfg = small(model=folder, **sizes, **how)
+    oel.run(cfg)
+
+    nucleus, everything, noise = (cfg.top_p, 9), (1.0, 0), functools.partial(oel.derive_seed, seed)
+    rules = [prompts.as_items(FrozenLake.renamed(i).rules()) for i in range(4)]
+    held_out = envs.level_seeds("held_out", 4)
+    evaluation = [
+        ("deploy", noise(0), nucleus, [(level, None) for level in held_out[:3]], []),
+        ("unseen", noise(0), nucleus, [(level, None) for level in held_out], []),
+        ("renamed", noise(0), nucleus, [*zip(held_out, rules, strict=True)], []),
+    ]
+    wanted = [*evaluation]
+    for r in (1, 2):
+        lists = [file.read_text() for file in sorted((tmp_path / f"run/round{r}/experience").iterdir())]
+        assert len({*lists}) == 3, "the lists differ"
+        extraction = [(level, None) for level in envs.level_seeds("extraction", 2, 2 * r)] * 3
+        wanted.append(("deploy", noise(r, 0), nucleus, extraction, []))
+        wanted.append(("extract", noise(r, 1), nucleus, [], []))
+        in_context = [(level, lists[i % 3]) for i, level in enumerate(held_out)]
+        wanted.append(("deploy", noise(0), nucleus, in_context, []))
+        training = [(level, None) for level in envs.level_seeds("deployment", 6, 6 * r)]
+        wanted.append(("deploy", noise(r, 2), everything, training, []))
+        logs = rows_of(tmp_path / f"run/round{r}/logs.jsonl")
+        for step in (1, 2):
+            draw = random.Random(oel.derive_seed(noise(r, 3), step))
+            turns = sum(len(log["turns"]) for log in logs[3 * step - 3 : 3 * step])
+            drawn = [draw.choice(lists) for _ in range(turns)]
+            assert len({*drawn}) > 1, "one list for a whole batch"
+            step_noise = oel.derive_seed(noise(r, 3), step, 1)
+            wanted.append((f"step {step}/2", step_noise, everything, [], drawn))
+        wanted += evaluation
+    assert calls == wanted
+    assert len({call[1] for call in wanted}) == 1 + 2 * 5, "a noise of its own for every phase and step"
 
 
 def test_given_lessons_are_consolidated(folder, tmp_path, monkeypatch):

@@ -48,6 +48,26 @@ def test_two_processes_learn_what_one_learns(folder, lessons, tmp_path):
     assert all(relative(a, b) < 1e-2 for a, b in zip(first, second, strict=True))
 
 
+def test_the_loss_of_a_share_is_weighted_by_its_tokens(monkeypatch):
+    """Catches: a mean of the processes' means: replies of one process would count more than those of another."""
+    import many_gpus
+
+    monkeypatch.setattr(many_gpus.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(many_gpus.dist, "all_reduce", lambda x: None)  # only this share is added up
+    master = torch.zeros(3)
+    policy = oel.Policy(torch.nn.Linear(1, 1), None, [master], frozenset(), 9)
+    policy.model.device = torch.device("cpu")
+
+    def distill(policy, teacher, samples, cfg):
+        assert [len(s.response_ids) for s in samples] == [1, 2], "every second sample"
+        master.grad = torch.full((3,), 10.0)
+        return 4.0
+
+    samples = [oel.Sample([5], [6], [7] * n) for n in (1, 20, 2)]
+    loss = many_gpus.share_distill(distill)(policy, None, samples, None)
+    assert loss == pytest.approx(4 * 3 / 23) and master.grad.tolist() == pytest.approx([10 * 3 / 23] * 3)
+
+
 SHARED = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
@@ -202,6 +222,21 @@ def test_wilson_intervals(won, n, low, high):
     import report
 
     assert report.wilson(won / n, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_every_interval_is_of_the_games_that_were_played():
+    """Catches: the interval of the in-context rate taken over the number of held-out games."""
+    import report
+
+    keys = ("pass_rate", "in_context_pass_rate", "unseen_pass_rate", "forgetting_pass_rate")
+    row = {"round": 1, "step": 4, "reply_tokens": 9.0, **dict.fromkeys(keys, 0.5)}
+    games = {"eval_games": 100, "probe_games": 10}
+    run = report.Run(Path("run"), {"steps": 4, "rounds": 1, **games}, [row], [], {}, {})
+    page = report.results(run)
+    wide, narrow = (" to ".join(map(report.percent, report.wilson(0.5, n))) for n in (10, 100))
+    assert page.count(f"50% ({wide})") == 3 * page.count(f"50% ({narrow})") > 0, (
+        "three rates are of the probes"
+    )
 
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m <|im_end|>"
