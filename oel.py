@@ -176,7 +176,7 @@ def phases(cfg: Config, r: int) -> dict[str, Phase]:
         "games to extract from": Phase(levels("extraction", k, r * k) * cfg.lists, seed(r, 0), nucleus=True),
         "extraction": Phase([], seed(r, 1), nucleus=True),
         "games to train on": Phase(levels("deployment", n, r * n), seed(r, 2), nucleus=False),
-        "consolidation": Phase([], seed(r, 3), nucleus=False),
+        "training": Phase([], seed(r, 3), nucleus=False),
         "evaluation": Phase(levels("held_out", cfg.eval_games), seed(0), nucleus=True),  # equal in all rounds
         "probes": Phase(levels("held_out", cfg.probe_games), seed(0), nucleus=True),
     }
@@ -201,8 +201,7 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
         logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, plan["games to train on"])
         # 3. Train until the policy plays without the lessons as it would with them.
         status["phase"] = f"round {r}, consolidation"
-        state = folder / "state/step.pt"
-        consolidate(policy, cfg, logs, lists or None, plan["consolidation"], state, on_step)
+        consolidate(policy, cfg, logs, lists or None, plan["training"], folder / "state/step.pt", on_step)
         save_model(folder / "model", policy)
     discard(folder / "state")
     measure(policy, cfg, r, cfg.steps, out, began)
@@ -224,7 +223,7 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
 # --- deploy: the user side, and the only part that plays --------------------------------------------------
 def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant: str = "") -> list[dict]:
     """Play one episode on each of the phase's levels; return the trajectories, [] if the game lacks the variant.
-    Only evaluation shows `experiences` (list i mod L on level i) and plays variants. "renamed" shows the rules."""
+    Only probes show `experiences` (list i mod L on level i) and play variants. "renamed" shows the rules."""
     episodes = []
     for i, level in enumerate(phase.levels):
         game = make_game(cfg, variant, seed=i)
@@ -379,9 +378,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
     for batch in micro_batches(samples, cfg.micro_tokens):
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A shared prefix runs once, but never in a control (no experience): KL exactly 0.
+        # 1. The teacher. A shared prefix runs once; not in a control, which runs like the student for KL = 0.
         alone = len(batch) == 1 or teacher_ids == prompt_ids
-        prefix = 0 if alone else prompts.common_prefix([ids[:-1] for ids in teacher_ids])
+        prefix = 0 if alone else prompts.common_prefix([ids[:-1] for ids in teacher_ids])  # last one must run
         with torch.no_grad():
             teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
@@ -432,7 +431,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
             if top_k:  # with k = kept, the gradient is p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
                 kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
                 d.add_(1).mul_(kept)
-                offset = -torch.linalg.vecdot(p, kept)[:, None]  # takes the + 1 out of the KL again
+                offset = -torch.linalg.vecdot(p, kept)[:, None]  # (n, 1): kl = mean + offset, without the + 1
             else:
                 offset = d.gather(-1, p.argmax(-1, keepdim=True))  # (n, 1)
                 d.sub_(offset)
@@ -469,15 +468,17 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Cut samples into batches of one experience and similar length: of `budget` padded tokens, or one sample."""
     keyed, batches, former = [], [], None
     for s in samples:
-        experience = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # template, most of e
+        key = s.teacher_ids[
+            : len(s.teacher_ids) - len(s.prompt_ids)
+        ]  # template and most of e: equal for equal e
         # The teacher's prompt counts a quarter: its experience runs once for all, and it needs no gradient.
         width = max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
-        keyed.append((experience, width, s))
-    for experience, width, s in sorted(keyed, key=lambda entry: entry[:2]):
-        if experience != former or (len(batches[-1]) + 1) * width > budget:
+        keyed.append((key, width, s))
+    for key, width, s in sorted(keyed, key=lambda entry: entry[:2]):
+        if key != former or (len(batches[-1]) + 1) * width > budget:
             batches.append([])
         batches[-1].append(s)
-        former = experience
+        former = key
     return batches
 
 
@@ -576,7 +577,8 @@ def check_fits(model, prompt_len: int, reply_len: int) -> None:
 
 def find_device(name: str = "") -> torch.device:
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # mps, ...
-    if name.split(":")[0] not in ("", "cpu", best):
+    kind, colon, index = name.partition(":")
+    if kind not in ("", "cpu", best) or colon and not index.isdigit():
         raise UsageError(f"--device {name} is not available; choose {' or '.join({best, 'cpu'})}")
     return torch.device(name or best)
 
@@ -631,7 +633,7 @@ class Sampler:
         self.ahead = self.cuda if ahead is None else ahead
         self.results = [None] * len(generators)
         self.waiting = []  # jobs without a row; the last is next in line
-        self.rows = []  # the job in each row of the cache that is in use, or None once its reply has ended
+        self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
         torch.cuda.empty_cache()  # has no effect without CUDA
@@ -688,7 +690,7 @@ class Sampler:
     def assign_rows(self, n: int) -> list[tuple[int, int, int]]:
         """Give the next n waiting jobs a row each, and copy what their prompts share with one in the cache
         (an earlier turn, the same experience). Returns (tokens to run, tokens copied, row) of each."""
-        # A vacant donor goes to the first job that matches it, so only later jobs copy from a row given away.
+        # A vacant donor goes to the first job that matches it; whoever else copies from it comes later,
         vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
         for job in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
             donor, shared = self.cache.longest_prefix(np.array(job.request.prompt_ids))
@@ -696,7 +698,7 @@ class Sampler:
             vacant.remove(row)
             self.rows[row] = job
             placed.append((row, donor, shared))
-        for row, donor, shared in reversed(placed):  # so a row is copied from before it is copied to
+        for row, donor, shared in reversed(placed):  # so last first: read the donor before it is overwritten
             if row != donor:
                 self.cache.copy_row(row, self.cache, donor, shared)
         return [(len(self.rows[row].request.prompt_ids) - shared, shared, row) for row, _, shared in placed]
@@ -749,7 +751,7 @@ class Sampler:
         n, cache = len(self.rows), self.cache
         if self.graphs:
             n = min(1 << (n - 1).bit_length(), len(cache.token))
-        longest = max(len(job.request.prompt_ids) + len(job.ids) + 1 for job in self.rows if job)
+        longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job) + 1  # if ahead
         sizes = n, min(round_up(longest, 256 if self.cuda else 32), cache.length)
         if not self.graphs or sizes not in self.captured:  # a first step may initialise what no graph can
             self.captured[sizes] = None
@@ -768,7 +770,7 @@ class Sampler:
         cache, config, device, (B, t) = self.cache, self.model.config, ids.device, ids.shape
         positions = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)  # (B, t)
         later = torch.arange(reach, device=device) > positions[:, None, :, None]
-        # As in attend, the queries of one key head are stacked along the sequence: (B, 1, groups * t, reach).
+        # Stacked by key head, as in attend: (B, 1, groups * t, reach). At t = 1, one row serves all queries.
         groups = config.num_attention_heads // config.num_key_value_heads if t > 1 else 1
         mask = torch.where(later, -math.inf, 0.0).to(self.model.dtype).repeat(1, 1, groups, 1)
         view = View(cache, rows, torch.arange(len(cache.token), device=device)[rows], positions, reach)
@@ -836,7 +838,7 @@ def pick(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """Scramble 32-bit numbers held in int64 (the finalizer of MurmurHash3)."""
+    """Scramble the low 32 bits of int64 numbers, which may hold more (the finalizer of MurmurHash3)."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
     return x ^ (x >> 16)
