@@ -468,9 +468,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Cut samples into batches of one experience and similar length: of `budget` padded tokens, or one sample."""
     keyed, batches, former = [], [], None
     for s in samples:
-        key = s.teacher_ids[
-            : len(s.teacher_ids) - len(s.prompt_ids)
-        ]  # template and most of e: equal for equal e
+        key = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # most of e: equal for equal e
         # The teacher's prompt counts a quarter: its experience runs once for all, and it needs no gradient.
         width = max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
         keyed.append((key, width, s))

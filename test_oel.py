@@ -1386,6 +1386,7 @@ WRONG = {  # what the message names -> options
     "--temperature": ["--temperature 0"],
     "--top-p": ["--top-p 1.5"],
     "abacus": ["--device abacus"],
+    "cpu:abc": ["--device cpu:abc"],
 }
 
 
