@@ -1,12 +1,10 @@
 """Every sentence the method adds to what the model reads, and the parsers of what it writes. Pure strings.
 
-    deploy       play_prompt(task, observations)                      one user message a turn
-    extract      extraction_prompt(trajectory, previous, ...)         one user message an episode
-                 parse_lessons(reply) -> accumulate(...)              the list of lessons grows
-    consolidate  with_experience(prompt, experience)                  what the teacher reads, the student not
-    --logs       parse_log(line)                                      a trajectory that somebody else recorded
-
-A tokenizer appears only at the end, where a message becomes token ids.
+deploy       play_prompt(task, observations)                      one user message a turn
+extract      extraction_prompt(trajectory, previous, ...)         one user message an episode
+             parse_lessons(reply) -> accumulate(...)              the list of lessons grows
+consolidate  with_experience(prompt, experience)                  what the teacher reads, the student not
+--logs       parse_log(line)                                      a trajectory that somebody else recorded
 """
 
 import json
@@ -26,8 +24,7 @@ def play_prompt(task: str, observations: list[str]) -> str:
 
 def with_experience(prompt: str, experience: str) -> str:
     """The same message behind the experience block: the only difference between teacher and student.
-    The block stands first, so that its keys and values can be computed once for many prompts. An empty
-    experience is a ValueError: training towards a teacher that knows nothing would silently do nothing."""
+    It stands first, so that its keys and values can be computed once for many prompts. ValueError if it is empty."""
     if not experience.strip():
         raise ValueError("the experience is empty: there is nothing for the teacher to know")
     return f"What you learned in earlier episodes:\n{experience.strip()}\n\n{prompt}"
@@ -58,8 +55,7 @@ def answer(reply: str) -> str:
 
 def transcript(trajectory: dict, reasoning: bool = True) -> str:
     """A trajectory as the extractor sees it: the first prompt, then replies and what the game said to them.
-    With `reasoning` the replies are shown in full, as in the paper; without, only their answers. The
-    outcome is not shown: that the episode was won or lost has to be read from the last feedback."""
+    With `reasoning` the replies are shown in full, as in the paper; without, only their answers. The outcome is not."""
     parts = [trajectory["turns"][0]["prompt"]]
     for i, turn in enumerate(trajectory["turns"], 1):
         reply = turn["response"].strip() if reasoning else answer(turn["response"])
@@ -67,9 +63,7 @@ def transcript(trajectory: dict, reasoning: bool = True) -> str:
     return "\n\n".join(parts)
 
 
-def extraction_prompt(
-    trajectory: dict, previous: str = "", form: str = "items", reasoning: bool = True
-) -> str:
+def extraction_prompt(trajectory: dict, previous="", form="items", reasoning: bool = True) -> str:
     """The user message that asks for the lessons of one episode.
     `previous` is the experience so far (E_{i-1} of the paper), shown unless it is empty; `form` is "items"
     or "free". The instructions, the same for every episode, stand first."""
@@ -93,8 +87,7 @@ def parse_lessons(reply: str, form: str = "items") -> str:
 
 def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:
     """E_i = truncate(E_{i-1} + lessons): the oldest lines go until the rest is within `budget` tokens.
-    A line is an item, so an item goes whole or stays whole. `count_tokens` says how many tokens a string has.
-    """
+    A line is an item, so an item goes whole or stays whole. `count_tokens` counts the tokens of a string."""
     lines = [line for line in f"{experience}\n{lessons}".splitlines() if line.strip()]
     while lines and count_tokens("\n".join(lines)) > budget:
         lines.pop(0)
@@ -112,31 +105,41 @@ def raw_experience(trajectories: list[dict], reasoning: bool, budget: int, count
 # --- logs of somebody else ----------------------------------------------------------------------------------
 def parse_log(line: str | bytes) -> dict:
     """A trajectory from a line of JSON: {"turns": [...]}, or a chat as {"messages": [{"role", "content"}, ...]}.
-
-    Of a chat, the prompt of a turn is what system and user have said until then, as in play_prompt; what the user
-    says next is its feedback. ValueError says what is missing.
-    """
+    ValueError or TypeError says what is missing."""
     log = json.loads(line)
     if not isinstance(log, dict) or not ({"turns", "messages"} & log.keys()):
         raise ValueError('it is no object with "turns" or "messages"')
-    if "turns" not in log:
-        said, turns = [], []
-        for i, message in enumerate(checked(log["messages"], ("role", "content"), "message"), 1):
-            if message["role"] == "assistant":
-                turns.append({"prompt": "\n\n".join(said), "response": message["content"], "feedback": ""})
-            elif message["role"] not in ("system", "user"):
-                raise ValueError(
-                    f"message {i} has the role {message['role']!r}: not system, user or assistant"
-                )
-            else:
-                said.append(message["content"])
-                if turns:
-                    turns[-1]["feedback"] = "\n\n".join([turns[-1]["feedback"], message["content"]]).strip()
-        log |= {"turns": turns}
-    turns = checked(log["turns"], ("prompt", "response", "feedback"), "turn")
+    turns = log["turns"] if "turns" in log else chat_turns(log["messages"])
+    turns = checked(turns, ("prompt", "response", "feedback"), "turn")
     if not turns or not turns[0]["prompt"].strip():
         raise ValueError("it has no turn, or one without a prompt")
     return {"id": str(log.get("id", "")), "turns": turns, "outcome": log.get("outcome")}
+
+
+def chat_turns(messages) -> list[dict]:
+    """The turns of a chat. A prompt is all that others than the assistant have said, feedback what they say next."""
+    said, turns = [], []
+    for i, message in enumerate(checked(messages, ("role",), "message"), 1):
+        text = message_text(message, f"message {i}")
+        if message["role"] == "assistant":
+            turns.append({"prompt": "\n\n".join(said), "response": text, "feedback": ""})
+        elif message["role"] in ("system", "developer", "user", "tool"):
+            said.append(text)
+            if turns:
+                turns[-1]["feedback"] = "\n\n".join([turns[-1]["feedback"], text]).strip()
+        else:
+            raise ValueError(f"message {i}: {message['role']!r} is not system, user, assistant or tool")
+    return turns
+
+
+def message_text(message: dict, name: str) -> str:
+    """The content of a message, a string or a list of text parts, and its tool calls as JSON."""
+    content, calls = message.get("content"), message.get("tool_calls") or []
+    parts = content if isinstance(content, list) else [{"text": "" if content is None and calls else content}]
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise TypeError(f'{name} has no text under "content", or a part that is no text, such as an image')
+    calls = [json.dumps(call, ensure_ascii=False) for call in calls]
+    return "\n".join([part["text"] for part in parts if part["text"] or not calls] + calls)
 
 
 def parse_jsonl(data: bytes, parse=json.loads) -> list[dict]:
@@ -147,7 +150,8 @@ def parse_jsonl(data: bytes, parse=json.loads) -> list[dict]:
             row = parse(line) if line.strip() else {}
             if not isinstance(row, dict):
                 raise TypeError("it is not a JSON object")
-        except (TypeError, ValueError) as error:
+            json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}; fix or remove the line") from None
         rows += [row] if line.strip() else []
     return rows
@@ -167,8 +171,7 @@ def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
 # --- messages as token ids --------------------------------------------------------------------------------
 def plain_ids(tokenizer, text: str) -> list[int]:
     """Token ids of text that is data: a chat marker in it stays text and never becomes a special token.
-    Game text, replies and logs may contain "<|im_end|>" or "</think>". Each such marker is encoded in two
-    pieces, its first character and the rest, neither of which a tokenizer takes for the marker."""
+    Each such marker is encoded in two pieces, its first character and the rest, which are no markers."""
     markers = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
     cuts = [m.start() + 1 for m in re.finditer(f"(?={'|'.join(markers)})", text)] if markers else []
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -177,15 +180,10 @@ def plain_ids(tokenizer, text: str) -> list[int]:
 
 def chat_ids(tokenizer, message: str, thinking: bool = True) -> list[int]:
     """Token ids of one user message in the tokenizer's own chat template, up to where the reply begins.
-    The template is rendered around a placeholder, and the message takes its place as plain text.
-    `enable_thinking` is handed to the template; one that has no such switch does not look at it."""
+    The template is rendered around a placeholder, and the message takes its place as plain text."""
     slot = "MESSAGE-GOES-HERE"
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": slot}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-    )
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": slot}], **how)
     before, found, after = chat.partition(slot)
     if not found or slot in after:
         raise ValueError("the chat template does not show a user message exactly once")

@@ -1,7 +1,6 @@
 """Tests of oel.py, envs.py and prompts.py: `pytest -q test_oel.py`. They need no GPU and no network.
 
-A docstring that begins with "Catches:" names the bugs that its test would find. Tests of extras/ and of the embedded
-policy stand beside their code; what all of them share is in extras/testing.py.
+"Catches:" names the bugs that a test would find. Helpers that all tests share are in extras/testing.py.
 """
 
 import copy
@@ -1100,30 +1099,22 @@ def test_without_experience_there_is_nothing_to_learn(which, thinking, folder):
 
 def test_the_optimizer_is_adamw_with_the_settings(policy, monkeypatch):
     """Catches: weight decay, betas, epsilon, the learning rate or the clipping of the gradient ignored."""
-    steps = itertools.count(1)
-
-    def set_gradients(policy, teacher, samples, cfg):
-        fill(policy.master, next(steps))
-        return 0.0
 
     def fill(weights, step):
         for i, p in enumerate(weights):
             p.grad = torch.linspace(-1, 2 * step, p.numel()).view_as(p) * (1 + i)
+        return torch.cat([p.grad.flatten() for p in weights]).norm()
 
-    monkeypatch.setattr(oel, "distill", set_gradients)
-    wanted = [p.detach().clone().requires_grad_() for p in policy.master]
-    settings = {"lr": 0.03, "weight_decay": 0.2, "eps": 1e-3}
-    optimizer = torch.optim.AdamW(wanted, betas=(0.9, 0.999), **settings)
+    steps, wanted = itertools.count(1), [p.detach().clone().requires_grad_() for p in policy.master]
+    monkeypatch.setattr(oel, "distill", lambda policy, *_: 0 * fill(policy.master, next(steps)).item())
+    optimizer = torch.optim.AdamW(wanted, 0.03, (0.9, 0.999), 1e-3, weight_decay=0.2)
     for step in (1, 2, 3):
-        fill(wanted, step)
-        norm = torch.cat([p.grad.flatten() for p in wanted]).norm()
-        assert norm > 10
+        norm = fill(wanted, step)
         for p in wanted:
             p.grad *= 0.5 / norm
         optimizer.step()
-    settings = {"lr": 0.03, "weight_decay": 0.2, "adam_eps": 1e-3, "clip": 0.5}
-    rows = consolidated(policy, small(steps=3, **settings))
-    assert rows[-1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), "the norm before it is clipped"
+    rows = consolidated(policy, small(steps=3, lr=0.03, weight_decay=0.2, adam_eps=1e-3, clip=0.5))
+    assert rows[-1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 10, "before it is clipped"
     assert all(relative(p, q) < 1e-5 for p, q in zip(policy.master, wanted, strict=True))
 
 
@@ -1385,8 +1376,7 @@ WRONG = {  # what the message names -> options
     "--lr": ["--lr -0.1", "--lr nan"],
     "--temperature": ["--temperature 0"],
     "--top-p": ["--top-p 1.5"],
-    "abacus": ["--device abacus"],
-    "cpu:abc": ["--device cpu:abc"],
+    "--device": ["--device abacus", "--device cpu:abc"],
 }
 
 
@@ -1556,7 +1546,13 @@ BAD_LOGS = [
     ({"turns": [{**TURN, "prompt": " "}]}, "prompt"),
     ({"messages": TALK[:2]}, "no turn"),
     ({"messages": [*TALK, {"role": "assistant"}]}, "message 7"),
-    ({"messages": [*TALK, {"role": "tool", "content": "x"}]}, "'tool'"),
+    ({"messages": [*TALK, {"role": "critic", "content": "x"}]}, "'critic'"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        "message 1 has no",
+    ),
+    ({"turns": [{**TURN, "response": "half a pair: \ud800"}]}, "surrogates"),
+    (b'{"turns": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
 ]
 
 
@@ -1567,6 +1563,14 @@ def test_a_chat_is_a_trajectory():
     assert first == {"prompt": "TASK\n\nBOARD 1", "response": "[up]", "feedback": "You fell.\n\nBOARD 2"}
     assert second["prompt"] == "TASK\n\nBOARD 1\n\nYou fell.\n\nBOARD 2" and second["feedback"] == ""
     assert log["id"] == "7" and prompts.parse_log(json.dumps(log)) == log
+    call = {"function": {"name": "look", "arguments": '{"door": 2}'}}
+    talk = [{"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}]
+    talk += [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "daylight"},
+    ]
+    (turn,) = prompts.parse_log(json.dumps({"messages": talk}))["turns"]
+    assert turn == {"prompt": "A\nB", "response": json.dumps(call), "feedback": "daylight"}
 
 
 @pytest.mark.parametrize("line, message", BAD_LOGS)
@@ -1777,9 +1781,8 @@ def test_rounds_and_levels_are_never_played_twice(whole):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_phase_has_its_own_levels_noise_and_sampling(seed, folder, tmp_path, monkeypatch):
-    """Catches: levels of another split; a nucleus where the whole softmax belongs, or the other way round; noise that
-    repeats in every step or round, ignores --seed, or changes between evaluations; the in-context evaluation without
-    lessons or with the first list alone; a teacher that always reads one list, or one for a whole batch."""
+    """Catches: levels of another split; a wrong nucleus; noise that repeats, ignores --seed, or changes between
+    evaluations; the in-context evaluation without lessons or with one list alone; a teacher that reads one list."""
     episode, shown = spy(monkeypatch, "episode"), spy(monkeypatch, "with_experience", prompts)
     real_drive, calls = oel.drive, []
 
@@ -1821,11 +1824,9 @@ def test_every_phase_has_its_own_levels_noise_and_sampling(seed, folder, tmp_pat
         logs = rows_of(tmp_path / f"run/round{r}/logs.jsonl")
         for step in (1, 2):
             draw = random.Random(oel.derive_seed(noise(r, 3), step))
-            turns = sum(len(log["turns"]) for log in logs[3 * step - 3 : 3 * step])
-            drawn = [draw.choice(lists) for _ in range(turns)]
+            drawn = [draw.choice(lists) for log in logs[3 * step - 3 : 3 * step] for _ in log["turns"]]
             assert len({*drawn}) > 1, "one list for a whole batch"
-            step_noise = oel.derive_seed(noise(r, 3), step, 1)
-            wanted.append((f"step {step}/2", step_noise, everything, [], drawn))
+            wanted.append((f"step {step}/2", oel.derive_seed(noise(r, 3), step, 1), everything, [], drawn))
         wanted += evaluation
     assert calls == wanted
     assert len({call[1] for call in wanted}) == 1 + 2 * 5, "a noise of its own for every phase and step"
