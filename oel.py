@@ -104,7 +104,7 @@ class Config:
     eval_every: int = option(0, "also evaluate after every so many steps; 0: after rounds only")
     rows: int = option(0, "replies sampled at the same time; 0: as many as memory holds, at most 256")
     dtype: str = option("", "dtype of the model (default: bfloat16 on CUDA)", ("bfloat16", "float32"))
-    graphs: bool = option(False, "replay decode steps as CUDA graphs (not tried on a GPU yet)")
+    graphs: bool = option(False, "on CUDA, replay decode steps as graphs (not tried on a GPU yet)")
 
 
 # The paper's settings by model (its appendix), and ours for the embedded policy. They hold for both games.
@@ -142,7 +142,7 @@ def run(cfg: Config) -> list[dict]:
     not run again once it has one, so the same command continues a run that was stopped."""
     out, device = Path(cfg.out), find_device(cfg.device)
     check_inputs(cfg, out)
-    with FileLock(f"{out}.lock", blocking=False, is_singleton=True):  # TimeoutError if another run holds it
+    with FileLock(f"{out}.lock", blocking=False):  # TimeoutError if another run holds it
         done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
         source = str(out / f"round{done}/model") if done else cfg.model
         policy = load_policy(source, device, cfg.thinking, cfg.dtype)
@@ -151,6 +151,8 @@ def run(cfg: Config) -> list[dict]:
             part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         if cfg.logs:  # the user's logs take the place of what deploy would record
             own, n = read_jsonl(Path(cfg.logs), prompts.parse_log), cfg.steps * cfg.batch_episodes
+            if read_jsonl(out / "round1/trajectories.jsonl") not in ([], own):
+                raise UsageError(f"{cfg.logs} has changed since {out} began: choose another --out")
             write_jsonl(out / "round1/trajectories.jsonl", own)
             write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(n)])
         if not done:
@@ -201,7 +203,7 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
         logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, plan["games to train on"])
         # 3. Train until the policy plays without the lessons as it would with them.
         status["phase"] = f"round {r}, consolidation"
-        consolidate(policy, cfg, logs, lists or None, plan["training"], folder / "state/step.pt", on_step)
+        consolidate(policy, cfg, logs, lists, plan["training"], folder / "state/step.pt", on_step)
         save_model(folder / "model", policy)
     discard(folder / "state")
     measure(policy, cfg, r, cfg.steps, out, began)
@@ -236,9 +238,8 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
 
 
 def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience: str | None = None):
-    """Play one episode, as a generator. Returns the trajectory: {"id", "turns", "outcome"}.
-    A turn is {"prompt", "response", "feedback"}: the whole user message WITHOUT experience, the reply as the
-    model wrote it, and everything that the game said next. Nothing learns from `outcome`; it is for people."""
+    """Play one episode, as a generator that returns the trajectory {"id", "turns", "outcome"}. A turn is a dict of
+    "prompt", WITHOUT experience, "response", and "feedback": all that the game said next. "outcome" is for people."""
     observations, turns, done = [game.reset(level)], [], False
     counts = {"reply_tokens": 0, "truncated": 0, "unclosed": 0}
     while not done:
@@ -274,7 +275,8 @@ def sampling(policy: Policy, cfg: Config, phase: Phase, desc: str) -> dict:
     """The options with which a phase calls the sampler."""
     nucleus = {"top_p": cfg.top_p, "top_k": cfg.top_k} if phase.nucleus else {}
     return {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size, "temperature": cfg.temperature,
-            "seed": phase.seed, "rows": cfg.rows, "graphs": cfg.graphs, "desc": desc, **nucleus}  # fmt: skip
+            "seed": phase.seed, "rows": cfg.rows, "graphs": cfg.graphs and policy.model.device.type == "cuda",
+            "desc": desc, **nucleus}  # fmt: skip
 
 
 # --- extract: text in, text out ---------------------------------------------------------------------------
@@ -343,6 +345,8 @@ def consolidate(
         if not math.isfinite(loss + grad_norm):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient {grad_norm}; no weight was changed")
         optimizer.step()
+        if not all(p.isfinite().all() for p in policy.master):
+            raise FloatingPointError(f"step {step}: a weight is not finite; take a smaller --lr")
         optimizer.zero_grad()
         policy.copy_master()
         tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
@@ -359,7 +363,9 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
     logs = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
     student_prompts = [turn["prompt"] for trajectory in logs for turn in trajectory["turns"]]
     teacher_prompts = student_prompts
-    if experiences is not None:  # each prompt gets one of the lists, drawn at random
+    if (
+        experiences is not None and cfg.context != "none"
+    ):  # each prompt gets one of the lists, drawn at random
         draw = random.Random(derive_seed(phase.seed, step))
         teacher_prompts = [prompts.with_experience(x, draw.choice(experiences)) for x in student_prompts]
     prompt_ids, teacher_ids = ([policy.encode(x) for x in xs] for xs in (student_prompts, teacher_prompts))
@@ -378,9 +384,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
     for batch in micro_batches(samples, cfg.micro_tokens):
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A shared prefix runs once; not in a control, which runs like the student for KL = 0.
-        alone = len(batch) == 1 or teacher_ids == prompt_ids
-        prefix = 0 if alone else prompts.common_prefix([ids[:-1] for ids in teacher_ids])  # last one must run
+        # 1. The teacher. A shared prefix runs once. A control runs exactly like the student, for a KL of 0.
+        whole = len(batch) == 1 or teacher_ids == prompt_ids
+        prefix = 0 if whole else prompts.common_prefix([ids[:-1] for ids in teacher_ids])  # last one must run
         with torch.no_grad():
             teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
@@ -405,8 +411,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     KL (N,) and its gradients by hs (N, D) and by ws (V, D), or None for a frozen head. `top_k` sums a reverse KL
     over the student's top tokens only, as the authors do. direction="forward" is KL(teacher || student).
     With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
-    gradient by the student's logits is p_j (d_j - KL) / tau. When p is nearly one-hot, its d_j and the KL
-    agree in almost all digits, and rounding destroys their difference. So we first subtract this d from all."""
+    gradient by the student's logits is p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL
+    agree in almost all digits, and rounding destroys their difference. So we first subtract it from all d."""
     if (len(hs), len(ws)) != (len(ht), len(wt)):
         raise ValueError(f"student and teacher differ in shape: {[tuple(x.shape) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
@@ -468,7 +474,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Cut samples into batches of one experience and similar length: of `budget` padded tokens, or one sample."""
     keyed, batches, former = [], [], None
     for s in samples:
-        key = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # most of e: equal for equal e
+        key = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # as long as e, which comes first
         # The teacher's prompt counts a quarter: its experience runs once for all, and it needs no gradient.
         width = max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
         keyed.append((key, width, s))
@@ -517,19 +523,16 @@ class Policy:
     def count_tokens(self, text: str) -> int:
         return len(prompts.plain_ids(self.tokenizer, text))
 
-    def frozen(self):
-        """The teacher of a round: the model as it is now."""
+    def frozen(self):  # the teacher of a round
         return copy.deepcopy(self.model).requires_grad_(False).eval()
 
-    def add_grads_to_master(self) -> None:
-        """Add the gradients of bf16 weights to those of the master weights, in float32."""
+    def add_grads_to_master(self) -> None:  # the gradients of bf16 weights, which are summed in float32
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.grad is not None:
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
                 p.grad = None
 
-    def copy_master(self) -> None:
-        """Bring the model up to date with its master weights."""
+    def copy_master(self) -> None:  # brings the model up to date
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             p.data.copy_(master)
 
@@ -538,13 +541,19 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
     """Load a policy from a hub name or a folder: safetensors only, no remote code. `dtype` is --dtype."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(source, **how)
+        if info["missing_keys"]:
+            raise ValueError(f"its weights lack {sorted(info['missing_keys'])}")
+        prompts.chat_ids(tokenizer, "OEL", thinking)  # raises what is wrong with the chat template
     except Exception as error:  # noqa: BLE001 (whatever is wrong with the files)
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
     check_supported(model)
     vocab_size, ids = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
-    if tokenizer.chat_template is None or not tokenizer.encode("OEL", add_special_tokens=False):
-        raise UsageError(f"the tokenizer of {source!r} lacks chat template or vocabulary: take a chat model")
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    if not stops or not tokenizer.encode("OEL", add_special_tokens=False):
+        raise UsageError(f"the tokenizer of {source!r} lacks stop token or vocabulary: take a chat model")
     if vocab_size > ids:
         raise UsageError(f"the tokenizer of {source!r} has {vocab_size} ids, but its model only {ids}")
     master = list(model.eval().to(device).parameters())
@@ -552,8 +561,6 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
         master = [p.detach() for p in master]
         for p in model.parameters():  # not model.to(bf16), which would also round the rotary frequencies
             p.data = p.data.to(torch.bfloat16)
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     return Policy(model, tokenizer, master, frozenset(stops), vocab_size, thinking)
 
 
@@ -588,18 +595,17 @@ Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and th
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, of its request; reply ids so far
 # One forward pass as attention sees it: new tokens go to `positions` (B, t) of `row_ids` (B,). The first `reach`
-# tokens of these rows are visible. `rows` indexes the same rows, by a slice where it can (a view, not a copy).
+# tokens of these rows are read. `rows` indexes the same rows, by a slice where it can (a view, not a copy).
 View = namedtuple("View", "cache rows row_ids positions reach")
 
 
-def sample(model, prompt_ids: list, *, max_new_tokens: int | list[int], **options) -> list[Response]:
-    """One reply to each prompt of token ids, with one limit or one for each; options as in `Sampler`."""
-    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompt_ids)
+def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int, **options) -> list[Response]:
+    """One reply of at most `max_new_tokens` to each prompt of token ids; options as in `Sampler`."""
 
-    def ask(request: Request):
-        return (yield request)
+    def ask(ids: list[int]):
+        return (yield Request(ids, max_new_tokens))
 
-    return drive(model, [ask(Request(*pair)) for pair in zip(prompt_ids, limits, strict=True)], **options)
+    return drive(model, [ask(ids) for ids in prompt_ids], **options)
 
 
 def drive(model, generators: list[Generator], *, desc: str | None = None, **options) -> list:
@@ -655,7 +661,6 @@ class Sampler:
                 self.decode()
         return self.results
 
-    # Scheduling, in plain Python: which reply has which row.
     def advance(self, owner: int, turn: int, response: Response | None) -> None:
         """Send a generator its response (None starts it), and put its next request first in line."""
         try:
@@ -688,7 +693,7 @@ class Sampler:
     def assign_rows(self, n: int) -> list[tuple[int, int, int]]:
         """Give the next n waiting jobs a row each, and copy what their prompts share with one in the cache
         (an earlier turn, the same experience). Returns (tokens to run, tokens copied, row) of each."""
-        # A vacant donor goes to the first job that matches it; whoever else copies from it comes later,
+        # A vacant donor goes to the first job that matches it; whoever else copies from it is placed later.
         vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
         for job in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
             donor, shared = self.cache.longest_prefix(np.array(job.request.prompt_ids))
@@ -696,7 +701,7 @@ class Sampler:
             vacant.remove(row)
             self.rows[row] = job
             placed.append((row, donor, shared))
-        for row, donor, shared in reversed(placed):  # so last first: read the donor before it is overwritten
+        for row, donor, shared in reversed(placed):  # and copies first, before the donor is overwritten
             if row != donor:
                 self.cache.copy_row(row, self.cache, donor, shared)
         return [(len(self.rows[row].request.prompt_ids) - shared, shared, row) for row, _, shared in placed]
@@ -722,7 +727,6 @@ class Sampler:
                 self.cache.copy_row(gap, self.cache, len(self.rows), n)
                 self.rows[gap] = last
 
-    # Arithmetic, on tensors.
     def prefill(self, assigned: list[tuple[int, int, int]]) -> None:
         """Run new prompts, each given as (tokens to run, tokens copied, row), and sample their first tokens.
         Prompts of similar length share a pass, whose padding may cost a tenth and 64 tokens."""
@@ -749,8 +753,8 @@ class Sampler:
         n, cache = len(self.rows), self.cache
         if self.graphs:
             n = min(1 << (n - 1).bit_length(), len(cache.token))
-        longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job) + 1  # if ahead
-        sizes = n, min(round_up(longest, 256 if self.cuda else 32), cache.length)
+        longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job)
+        sizes = n, min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lag if ahead
         if not self.graphs or sizes not in self.captured:  # a first step may initialise what no graph can
             self.captured[sizes] = None
             return self.decode_pass(*sizes)
@@ -766,11 +770,11 @@ class Sampler:
     def forward(self, rows, ids: torch.Tensor, start: torch.Tensor, last, reach: int) -> None:
         """Run ids (B, t) in the given rows from position `start` (B,) on; sample what follows ids[b, last[b]]."""
         cache, config, device, (B, t) = self.cache, self.model.config, ids.device, ids.shape
+        # What passes the end (padding, ended replies) goes to the last place, which no reply reads.
         positions = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)  # (B, t)
         later = torch.arange(reach, device=device) > positions[:, None, :, None]
-        # Stacked by key head, as in attend: (B, 1, groups * t, reach). At t = 1, one row serves all queries.
         groups = config.num_attention_heads // config.num_key_value_heads if t > 1 else 1
-        mask = torch.where(later, -math.inf, 0.0).to(self.model.dtype).repeat(1, 1, groups, 1)
+        mask = torch.where(later, -math.inf, 0.0).to(self.model.dtype).repeat(1, 1, groups, 1)  # as in attend
         view = View(cache, rows, torch.arange(len(cache.token), device=device)[rows], positions, reach)
         how = {"position_ids": positions, "attention_mask": mask, "use_cache": False, "oel_view": view}
         hidden = self.model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
@@ -787,8 +791,7 @@ class KVCache:
         c, self.length = model.config, length
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         shape = (2, c.num_hidden_layers, num_rows, c.num_key_value_heads, length, head_dim)  # keys, values
-        # Zeros, because whatever the mask hides is multiplied by 0, and NaN * 0 is NaN.
-        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)  # hidden NaN * 0 would be NaN
         # Four numbers a row: newest token (sampled, but not in kv yet), tokens in kv, prompt length, noise key.
         self.state = torch.zeros(4, num_rows, dtype=torch.long, device=model.device)
         self.token, self.used, self.prompt_len, self.noise = self.state
@@ -857,8 +860,6 @@ def round_up(n: int, multiple: int) -> int:
 # --- the run folder ---------------------------------------------------------------------------------------
 def check_inputs(cfg: Config, out: Path) -> None:
     """UsageError for a game, logs, lessons or a run folder that cannot be used, before anything is written."""
-    if cfg.graphs and find_device(cfg.device).type != "cuda":
-        raise UsageError("--graphs replays CUDA graphs, and the device is no CUDA device; leave it out")
     if not cfg.logs:
         make_game(cfg)
     elif not read_jsonl(Path(cfg.logs), prompts.parse_log):
@@ -961,8 +962,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"oel.py: error: {busy if isinstance(error, TimeoutError) else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = "" if cfg.smoke else f"; the same command continues {cfg.out}"
-        print(f"oel.py: stopped in {status['phase']}{goes_on}", file=sys.stderr)
+        print(f"oel.py: stopped in {status['phase']}; the same command continues {cfg.out}", file=sys.stderr)
         sys.exit(130)
 
 

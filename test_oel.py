@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 import envs
 import oel
@@ -28,10 +29,11 @@ import prompts
 from envs import FrozenLake, Sokoban
 
 # isort: off
-from extras.testing import GQA, LESSONS, ROOT, HotCold, arguments, build, consolidated, count_characters
-from extras.testing import draw_prompts, files_in, frozen, gradients, greedy, input_shapes, load, logs
-from extras.testing import make_model, make_samples, make_tokenizer, plain_greedy, play, python, relative
-from extras.testing import rows_of, save_policy, scripted, small, spy
+from extras.testing import D, GQA, HotCold, LESSONS, N, ROOT, V, arguments, assert_kl_is_exact, build
+from extras.testing import consolidated, count_characters, draw_prompts, files_in, frozen, gradients, greedy
+from extras.testing import input_shapes, kl_inputs, load, logs, make_model, make_samples, make_tokenizer
+from extras.testing import plain_greedy, plain_kl, play, python, relative, rows_of, save_policy, scripted
+from extras.testing import small, spy
 
 pytest_plugins = ["extras.testing"]
 
@@ -715,8 +717,8 @@ def test_a_sampled_reply_depends_on_its_seed_and_index_alone():
     assert replies([UNEQUAL[0]] * 7)[0] == first[0]
     assert len({tuple(ids) for ids in replies([UNEQUAL[0]] * 7)}) == 7, "equal prompts, equal noise"
     assert all(a != b for a, b in zip(first, replies(UNEQUAL, seed=6), strict=True))
-    lowered = replies(UNEQUAL, max_new_tokens=[3, 12, 3, 12, 3, 12, 3])
-    assert [ids[:3] for ids in lowered] == [ids[:3] for ids in first] and lowered[1] == first[1]
+    lowered = replies(UNEQUAL, max_new_tokens=3)
+    assert [ids[:3] for ids in lowered] == [ids[:3] for ids in first]
 
 
 # --- oel: sampling statistics -------------------------------------------------------------------------------
@@ -837,40 +839,7 @@ def test_a_model_works_or_is_refused_by_name(family, options, what):
 
 
 # --- oel: the reverse KL ------------------------------------------------------------------------------------
-N, D, V = 13, 24, 50
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
-
-
-def plain_kl(hs, ht, ws, wt, temperature, top_k=0, direction="reverse"):
-    """The same by autograd over all logits at once."""
-    logp, logq = (hs @ ws.T / temperature).log_softmax(-1), (ht @ wt.T / temperature).log_softmax(-1).detach()
-    forward = direction == "forward"
-    terms = logq.exp() * (logq - logp) if forward else logp.exp() * (logp - logq)
-    if top_k:
-        terms = terms.gather(-1, logp.topk(top_k, -1).indices)
-    return terms.sum(-1)
-
-
-def kl_inputs(scale: float, dtype=torch.float64):
-    """Hidden states and heads that make logits of about this size; the student's leaves want gradients."""
-    draw = torch.Generator().manual_seed(int(scale))
-    shapes = [(N, D), (N, D), (V, D), (V, D)]
-    hs, ht, ws, wt = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
-    wt = ws + 0.3 * wt
-    hs, ht = (h * scale / D**0.5 for h in (hs, hs + 0.3 * ht))
-    hs, ht, ws, wt = (x.to(dtype) for x in (hs, ht, ws, wt))
-    return hs.requires_grad_(), ht, ws.requires_grad_(), wt
-
-
-def assert_kl_is_exact(given, tolerance: float, **options) -> None:
-    """Compare the KL and both gradients with those of float64 autograd on the same inputs."""
-    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in given]
-    found, *grads = oel.reverse_kl(*given, 0.7, chunk=5, **options)
-    wanted = plain_kl(*exact, 0.7, **options)
-    wanted.sum().backward()
-    assert found.shape == (N,) and relative(found, wanted.detach()) < tolerance
-    for grad, side in zip(grads, (exact[0], exact[2]), strict=True):
-        assert grad.dtype == given[0].dtype and relative(grad, side.grad) < tolerance
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -1194,6 +1163,12 @@ def test_a_loss_that_is_not_finite_changes_no_weight(policy, monkeypatch, poison
     assert same(policy.master, before)
 
 
+def test_weights_that_are_not_finite_end_the_run(policy):
+    """Catches: a learning rate so large that the next checkpoint holds no numbers."""
+    with pytest.raises(FloatingPointError, match="weight is not finite.*--lr"):
+        consolidated(policy, small(lr=1e308))
+
+
 def test_a_state_continues_where_it_was_saved(folder, tmp_path):
     """Catches: optimizer moments, a step or weights not restored; a teacher of the wrong moment."""
     cfg, path = small(steps=4, save_every=2, reply_limit=4), tmp_path / "state" / "step.pt"
@@ -1459,6 +1434,19 @@ def save_pickled(folder) -> None:
     torch.save({}, folder / "pytorch_model.bin")
 
 
+def drop_tensor(folder, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def forget_stops(folder) -> None:
+    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+        content = json.loads((folder / name).read_text())
+        content = {key: value for key, value in content.items() if "eos" not in key}
+        (folder / name).write_text(json.dumps(content))
+
+
 WINDOW = {**GQA, "vocab_size": 320, "sliding_window": 4}
 BAD_POLICIES = [
     ("nowhere", shutil.rmtree, "nowhere"),
@@ -1468,6 +1456,9 @@ BAD_POLICIES = [
     ("mute", lambda folder: [file.unlink() for file in folder.glob("token*")], "mute"),
     ("torn", lambda folder: os.truncate(folder / "model.safetensors", 99_999), "torn"),
     ("window", lambda folder: build("Mistral", **WINDOW).save_pretrained(folder), "MistralForCausalLM"),
+    ("holes", lambda folder: drop_tensor(folder, "model.norm.weight"), r"lack.*model\.norm\.weight"),
+    ("endless", lambda folder: forget_stops(folder), "stop token"),
+    ("odd", lambda folder: (folder / "chat_template.jinja").write_text("{{ messages.who.knows }}"), "odd"),
 ]
 
 
@@ -1599,6 +1590,9 @@ def test_ones_own_logs_need_no_environment(folder, tmp_path):
     for _ in range(2):  # the second time there is nothing left to do
         done = python("-c", code + "; sys.exit('envs' in sys.modules)")
         assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "logs.jsonl").open("a") as file:  # lessons of old logs would be trained on new prompts
+        file.write(json.dumps({"turns": [TURN]}) + "\n")
+    assert "has changed" in python("oel.py", *argv).stderr
     steps = rows_of(run / "steps.jsonl")
     assert [step["replies"] for step in steps] == [6, 6] and all(step["loss"] > 0 for step in steps)
     assert sorted(files_in(run / "round1/experience")) == ["00.txt", "01.txt"]

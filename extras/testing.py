@@ -154,8 +154,14 @@ def plain_greedy(model, ids: list[int], limit: int, stop_ids=()) -> list[int]:
 
 
 def greedy(model, prompt_ids: list[list[int]], limit, stop_ids=(), **options):
-    options = {"max_new_tokens": limit, "stop_ids": set(stop_ids), "temperature": 0, **options}
-    return oel.sample(model, prompt_ids, **options)
+    """Greedy replies, with one limit or one for each prompt."""
+    limits = limit if isinstance(limit, list) else [limit] * len(prompt_ids)
+    options = {"stop_ids": set(stop_ids), "temperature": 0, **options}
+    return oel.drive(model, [ask(*pair) for pair in zip(prompt_ids, limits, strict=True)], **options)
+
+
+def ask(prompt_ids: list[int], limit: int):
+    return (yield oel.Request(prompt_ids, limit))
 
 
 def draw_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -201,6 +207,41 @@ def gradients(policy) -> list[torch.Tensor]:
     for p in policy.master:
         p.grad = None
     return found
+
+
+N, D, V = 13, 24, 50
+
+
+def plain_kl(hs, ht, ws, wt, temperature, top_k=0, direction="reverse"):
+    """The same by autograd over all logits at once."""
+    logp, logq = (hs @ ws.T / temperature).log_softmax(-1), (ht @ wt.T / temperature).log_softmax(-1).detach()
+    forward = direction == "forward"
+    terms = logq.exp() * (logq - logp) if forward else logp.exp() * (logp - logq)
+    if top_k:
+        terms = terms.gather(-1, logp.topk(top_k, -1).indices)
+    return terms.sum(-1)
+
+
+def kl_inputs(scale: float, dtype=torch.float64):
+    """Hidden states and heads that make logits of about this size; the student's leaves want gradients."""
+    draw = torch.Generator().manual_seed(int(scale))
+    shapes = [(N, D), (N, D), (V, D), (V, D)]
+    hs, ht, ws, wt = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    wt = ws + 0.3 * wt
+    hs, ht = (h * scale / D**0.5 for h in (hs, hs + 0.3 * ht))
+    hs, ht, ws, wt = (x.to(dtype) for x in (hs, ht, ws, wt))
+    return hs.requires_grad_(), ht, ws.requires_grad_(), wt
+
+
+def assert_kl_is_exact(given, tolerance: float, **options) -> None:
+    """Compare the KL and both gradients with those of float64 autograd on the same inputs."""
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in given]
+    found, *grads = oel.reverse_kl(*given, 0.7, chunk=5, **options)
+    wanted = plain_kl(*exact, 0.7, **options)
+    wanted.sum().backward()
+    assert found.shape == (N,) and relative(found, wanted.detach()) < tolerance
+    for grad, side in zip(grads, (exact[0], exact[2]), strict=True):
+        assert grad.dtype == given[0].dtype and relative(grad, side.grad) < tolerance
 
 
 # --- small runs ---------------------------------------------------------------------------------------------
