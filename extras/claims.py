@@ -55,6 +55,7 @@ RUNS = {  # name of a setting -> options of oel.py
 }
 QUICK = ["--rounds", "1", "--steps", "4", "--eval-games", "32", "--probe-games", "32", "--lists", "3"]
 EPISODES = (1, 2, 4, 8, 16)  # after how many episodes' lessons the in-context pass rate is taken
+CEILING = 0.99  # a pass rate from here on counts as all that can be reached
 
 
 # --- running ----------------------------------------------------------------------------------------------
@@ -205,6 +206,29 @@ def more(a: float | None, b: float | None) -> str:
     return "equal" if abs(a - b) < 0.01 else "yes" if a > b else "no"
 
 
+def uninformative(a: list[float], b: list[float]) -> str:
+    """Why a comparison of pass rates, one a seed, says nothing; "" if it says something."""
+    if min(a + b, default=0) >= CEILING:
+        return f"says nothing: {len(a + b)} of {len(a + b)} values at the ceiling"
+    return f"says nothing: {len(a)} of {len(a)} seeds equal" if a and a == b else ""
+
+
+def compared(a: list[float], b: list[float]) -> str:
+    """Whether the pass rates a have the larger mean, if the comparison says anything."""
+    if not a or not b:
+        return "not measured"
+    return uninformative(a, b) or more(statistics.mean(a), statistics.mean(b))
+
+
+def above_one(ratios: list[float]) -> str:
+    """Whether ratios, one a seed, have a mean more than one standard deviation above 100%, or below it.
+    One seed has no spread, so it is never clear."""
+    if not ratios:
+        return "not measured"
+    mean, spread = statistics.mean(ratios), statistics.stdev(ratios) if len(ratios) > 1 else float("inf")
+    return "yes" if mean - spread > 1 else "no" if mean + spread < 1 else "not clear"
+
+
 def table(n: Numbers) -> str:
     """The claims as Markdown: the paper's figure, ours, and whether it held. Ours is mean (spread) over seeds."""
     lines = ["| claim | setting | the paper | here | held |", "|---|---|---|---|---|"]
@@ -215,7 +239,7 @@ def table(n: Numbers) -> str:
     modes = [f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")]
     for name in modes:
         rates = [n.mean(name, "pass_rate", r) for r in n.rounds(name)]
-        rises = all(b > a or b >= 0.99 for a, b in itertools.pairwise(rates))
+        rises = all(b > a or b >= CEILING for a, b in itertools.pairwise(rates))
         add("Pass rate rises every round (or is at 99%)", name, "yes, both games",
             " → ".join(n.ends(name, "pass_rate")), "yes" if rises else "no")  # fmt: skip
     for name in modes:
@@ -231,7 +255,7 @@ def table(n: Numbers) -> str:
         ]:
             here = ", ".join(f"{what} {n.shown(name, metric, 1)}" for what, name in names.items())
             add(claim, f"{game}, round 1", paper, here,
-                more(*(n.mean(names[what], metric, 1) for what in ("lessons", "raw logs"))))  # fmt: skip
+                compared(*(n.values(names[what], metric, 1) for what in ("lessons", "raw logs"))))  # fmt: skip
     add("Off-policy distillation forgets, on-policy does not", "sokoban, one round, 512 games",
         "IF-Eval stays at 66% to 67%; off-policy falls", *forgetting(n))  # fmt: skip
     for game in GAMES:
@@ -249,7 +273,7 @@ def table(n: Numbers) -> str:
             ),
         ]:
             add(claim, f"{game}, round 1", paper, f"{n.shown(own, metric, 1)} against {n.shown(other, metric, 1)}",
-                more(n.mean(own, metric, 1), n.mean(other, metric, 1)))  # fmt: skip
+                compared(n.values(own, metric, 1), n.values(other, metric, 1)))  # fmt: skip
     for game in GAMES:
         own = f"{game}-thinking"
         measured = [k for k in EPISODES if n.values(own, f"in_context_after_{k}_episodes")]
@@ -263,12 +287,16 @@ def table(n: Numbers) -> str:
         "sokoban-thinking": "21.4% from 18.2% in context",
     }
     for name in modes:
+        found = [n.values(name, "internalised", r) for r in n.rounds(name)[1:]]
         inside = [
-            n.shown(name, "internalised", r) for r in n.rounds(name)[1:] if n.values(name, "internalised", r)
+            f"{mean_and_spread(ratios)}, above 100% in {sum(x > 1 for x in ratios)} of {len(ratios)} seeds"
+            for ratios in found
+            if ratios
         ]
+        rates = [n.values(name, metric, 1) for metric in ("pass_rate", "in_context_pass_rate")]
         add("More is internalised than the lessons bring in context", f"{name}, by round", papers.get(name, "-"),
-            "(consolidated - base) / (in context - base): " + ", ".join(inside),
-            more(n.mean(name, "internalised", 1), 1))  # fmt: skip
+            "(consolidated - base) / (in context - base): " + "; ".join(inside),
+            uninformative(*rates) or above_one(n.values(name, "internalised", 1)))  # fmt: skip
     name = "frozenlake-thinking"
     first, last = (n.mean(name, "unseen_pass_rate", r) for r in (0, n.rounds(name)[-1]))
     add("It learns rules, not boards: 4x4 boards, never trained on", name, "-",

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 COLUMNS = {  # name in metrics.jsonl -> heading
     "pass_rate": "pass rate",
@@ -23,17 +24,39 @@ COLUMNS = {  # name in metrics.jsonl -> heading
 }
 
 
-def read_run(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl that end a round. SystemExit if the run is missing or not finished."""
+def fail(message: str) -> NoReturn:
+    """End with one line about what the user can fix."""
+    print(f"curves.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """The settings of a run, and the rows of its metrics.jsonl that end a round. Fails if some are missing."""
+    path = folder / "config.json"
     try:
-        cfg = json.loads((folder / "config.json").read_text())
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        sys.exit(f"curves.py: {folder} is not the folder of a run: {error}")
-    ends = [row for row in rows if row["step"] in (0, cfg["steps"])]
-    if len(ends) != cfg["rounds"] + 1:
-        sys.exit(f"curves.py: {folder} has {len(ends) - 1} of {cfg['rounds']} rounds: let it finish first")
-    return ends
+        config = json.loads(path.read_bytes())
+        steps, rounds = config["steps"], config["rounds"]
+        if config.get("logs"):
+            fail(f"{folder} learned from --logs and played nothing, so there is no pass rate: leave it out")
+        path = folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        ends = [{key: row[key] for key in ("round", *COLUMNS)} for row in rows if row["step"] in (0, steps)]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{path} is not that of a run ({type(error).__name__}: {error}): name folders of finished runs")
+    if len(ends) != rounds + 1:
+        fail(f"{folder} has {max(len(ends) - 1, 0)} of {rounds} rounds: let it finish first")
+    return config, ends
+
+
+def check_alike(configs: dict[Path, dict]) -> None:
+    """Fails, naming the settings, if runs differ in more than the seed: no setting has their mean."""
+    (first, one), *others = configs.items()
+    for folder, other in others:
+        names = sorted({*one, *other} - {"seed", "out", "device"})
+        differ = [f"{k} {one.get(k)!r} and {other.get(k)!r}" for k in names if one.get(k) != other.get(k)]
+        if differ:
+            differ = ", ".join(differ)
+            fail(f"{first} and {folder} differ in {differ}: name runs that differ in the seed alone")
 
 
 def shown(key: str, values: list) -> str:
@@ -56,22 +79,28 @@ def table(runs: list[list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def forgetting(folders: list[Path], n: int) -> str:
+def forgetting(runs: dict[Path, dict], n: int) -> str:
     """The forgetting probe of `n` games: of the policy that the runs began with, and of each run's last one."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import oel
 
-    configs = [oel.Config(**json.loads((folder / "config.json").read_text())) for folder in folders]
-    if len({cfg.model for cfg in configs}) > 1:
-        sys.exit("curves.py: these runs began with different policies")
+    known = {f.name for f in dataclasses.fields(oel.Config)}  # a run of lora.py has one setting more
+    configs = {
+        folder: oel.Config(**{name: value for name, value in config.items() if name in known})
+        for folder, config in runs.items()
+    }
 
     def probe(source: str, cfg: oel.Config) -> float:
         policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
         phase = oel.phases(dataclasses.replace(cfg, probe_games=n), 0)["probes"]
         return oel.pass_rate(oel.deploy(policy, cfg, phase, variant="renamed"))
 
-    before = probe(configs[0].model, configs[0])
-    after = [probe(str(f / f"round{cfg.rounds}/model"), cfg) for f, cfg in zip(folders, configs, strict=True)]
+    first = next(iter(configs.values()))
+    try:
+        before = probe(first.model, first)
+        after = [probe(str(folder / f"round{cfg.rounds}/model"), cfg) for folder, cfg in configs.items()]
+    except oel.UsageError as error:  # no such model or device here
+        fail(str(error))
     shown = ", ".join(f"{rate:.1%}" for rate in after)
     lost = 100 * (before - statistics.mean(after))
     return f"Forgetting probe, {n} games each: {before:.1%} before; {shown} after: {lost:.1f} points lost."
@@ -82,7 +111,7 @@ def draw(runs: list[list[dict]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        sys.exit("curves.py: the figure needs matplotlib: pip install matplotlib")
+        fail("the figure needs matplotlib: pip install matplotlib")
     matplotlib.use("svg")
     from matplotlib import pyplot
 
@@ -116,12 +145,13 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, help="draw the learning curve into this file")
     parser.add_argument("--forgetting", type=int, metavar="N", help="play the forgetting probe with N games")
     args = parser.parse_args()
-    runs = [read_run(folder) for folder in args.runs]
-    if len({len(run) for run in runs}) > 1:
-        sys.exit("curves.py: the runs have different numbers of rounds")
+    found = {folder: read_run(folder) for folder in args.runs}
+    configs, runs = ({folder: run[i] for folder, run in found.items()} for i in (0, 1))
+    check_alike(configs)
+    runs = list(runs.values())
     print(table(runs))
     if args.forgetting:
-        print("\n" + forgetting(args.runs, args.forgetting))
+        print("\n" + forgetting(configs, args.forgetting))
     if args.svg:
         draw(runs, args.svg)
 

@@ -38,7 +38,7 @@ RATES = {  # in metrics.jsonl -> on the page
 }
 # What a record has to hold: a type, one of several in a tuple, [of every item], {of these keys}.
 CONFIG = dict.fromkeys(("seed", "rounds", "steps", "eval_games", "probe_games"), int)
-CONFIG |= {"model": str, "env": str}
+CONFIG |= {"model": str, "env": str, "logs": (str, type(None))}
 METRICS = dict.fromkeys(RATES, (float, type(None))) | {"round": int, "step": int}
 METRICS |= {"pass_rate": float, "reply_tokens": float, "seconds": float}
 STEPS = {"round": int, "step": int, "tokens": int, "loss": float, "seconds": float}
@@ -116,9 +116,17 @@ def ends(run: Run) -> dict[int, dict]:
     return {row["round"]: row for row in run.metrics if row["step"] == steps or not row["round"]}
 
 
+def finished_rounds(run: Run) -> int:
+    """The number of the last finished round; -1 if not even the evaluation before learning is done.
+    A run on --logs evaluates nothing: its only round ends when the model is saved."""
+    if run.config.get("logs"):
+        return int((run.folder / "round1/model").exists())
+    return max(ends(run), default=-1)
+
+
 def state(run: Run) -> str:
     """Where the run stands, told from which records are there."""
-    done, rounds, steps = max(ends(run), default=-1), run.config["rounds"], run.config["steps"]
+    done, rounds, steps = finished_rounds(run), run.config["rounds"], run.config["steps"]
     if done >= rounds:
         return f"finished, {done} of {rounds} rounds"
     folder, made = run.folder / f"round{done + 1}", sum(step["round"] == done + 1 for step in run.steps)
@@ -209,6 +217,8 @@ def chart(x_label: str, x_ticks: list, y_label: str, y_ticks: list, lines: list)
 def reading(run: Run) -> str:
     """The result in two sentences."""
     rows, n = list(ends(run).values()), run.config["eval_games"]
+    if run.config.get("logs"):
+        return "The run learned from the logs it was given. Nothing was played, so there is no pass rate."
     if not rows:
         return "Nothing is measured yet. The first numbers come when the held-out levels have been played."
     first, last = rows[0], rows[-1]
@@ -253,13 +263,17 @@ def results(run: Run) -> str:
         won, n = f"{won} <small>({low} to {high})</small>", row["reply_tokens"]
         rows.append([str(row["round"]), str(row["step"]), won, *others, f"{n:.1f}"])
         lengths.append((r, n, n, n, f"round {r:.3g}: {n:.1f} tokens"))
+    note = ""
+    if cfg["env"] == "frozenlake" and cfg["eval_games"] > 19:
+        note = f"A 3x3 lake has only 19 boards, so {cfg['eval_games']} games are repetitions of them, and "
+        note += "the interval is too narrow as a statement about other boards. "
     rates = chart(*x, "games won", [(i / 4, f"{25 * i}%") for i in range(5)], lines)
     tokens = chart(*x, "tokens a reply", ticks(max(p[1] for p in lengths)), [(0, lengths)])
     return f"""<div class="two"><figure>{rates}<figcaption><ul>{legend}</ul></figcaption></figure>
 <figure>{tokens}<figcaption>Mean length of the replies behind the pass rate.</figcaption></figure></div>
 {table(["round", "step", *RATES.values(), "tokens a reply"], rows, "Results")}
 <p class="note">Round 0 is before learning. Bars are 95% Wilson intervals, of {cfg["eval_games"]} games for
-the pass rate and {cfg["probe_games"]} for the others. <em>In context</em> is the policy that entered the
+the pass rate and {cfg["probe_games"]} for the others. {note}<em>In context</em> is the policy that entered the
 round, with the round's lessons in its prompt; the pass rate of the same row has them in the weights. The
 unseen levels of FrozenLake are 4x4 boards, on which it never learned.</p>"""
 
@@ -288,12 +302,14 @@ def timing(run: Run) -> str:
         path = run.folder / f"round{r}" / name
         return path.stat().st_mtime if path.exists() else math.nan
 
-    columns = {"phase": [*PHASES.values(), "the whole round"]}
+    own = run.config.get("logs")  # then only two phases work: nothing is played or evaluated
+    names = ["experience", "model"] if own else list(PHASES)
+    columns = {"phase": [*map(PHASES.get, names), "the whole round"]}
     for r in run.played:
-        cells, before = [], written(r - 1, "held_out.jsonl")
+        cells, before = [], written(r, "logs.jsonl") if own else written(r - 1, "held_out.jsonl")
         spent, learned = (sum(s[key] for s in run.steps if s["round"] == r) for key in ("seconds", "tokens"))
         copied = written(r, "model") - written(r, "logs.jsonl") < 0.9 * spent  # a copy's times say nothing
-        for name in PHASES:
+        for name in names:
             now, read = written(r, name), [] if name == "held_out.jsonl" else run.played[r].get(name, [])
             took, tokens, sign = now - before, sum(t["outcome"]["reply_tokens"] for t in read), "≈ "
             if name == "model":
@@ -402,9 +418,9 @@ def scored(run: Run, r: int, n: int = 3) -> list[tuple]:
     known = {f.name for f in dataclasses.fields(oel.Config)}  # a run of extras/lora.py has one more
     cfg = oel.Config(**{name: value for name, value in run.config.items() if name in known})
     folder = run.folder / f"round{r}"
-    finished = max(ends(run)) >= cfg.rounds  # if not, the run needs its accelerator for itself
+    finished = finished_rounds(run) >= cfg.rounds  # if not, the run needs its accelerator for itself
     device = oel.find_device(cfg.device if finished else "cpu")
-    logs = run.played[r].get("logs.jsonl", [])
+    logs = read_jsonl(folder / "logs.jsonl", {"turns": [TURN]})
     logged = [turn["prompt"] for trajectory in logs for turn in trajectory["turns"]]
     if not logged:
         raise Problem(f"round{r}/logs.jsonl is not there, or empty")
@@ -434,7 +450,7 @@ def scored(run: Run, r: int, n: int = 3) -> list[tuple]:
 
 def heat_map(run: Run, r: int) -> str:
     """Replies with each token in the colour of its KL, or why there are none."""
-    if r < 1 or r not in ends(run):
+    if not 1 <= r <= finished_rounds(run):
         return "<p>There is no finished round to look into.</p>"
     try:
         found = scored(run, r)
@@ -540,7 +556,8 @@ def page(run: Run, pairs: int, heat: str) -> str:
     cfg, now = run.config, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     style, script = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in (STYLE, SCRIPT))
     policy = f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'"
-    name, game = esc(Path(cfg["model"]).name), esc(cfg["env"])
+    name = esc(Path(cfg["model"]).name)
+    game = f"from {esc(Path(cfg['logs']).name)}" if cfg.get("logs") else esc(cfg["env"])
     settings = table(["setting", "value"], [[esc(key), esc(cfg[key])] for key in cfg], "Settings")
     sections = {
         "Results": results(run),
@@ -550,6 +567,8 @@ def page(run: Run, pairs: int, heat: str) -> str:
         "Where the lessons matter": heat,
         "Settings": f"<details><summary>What the run was started with</summary>{settings}</details>",
     }
+    if cfg.get("logs"):  # nothing was played
+        del sections["Results"], sections["Boards, before and after"]
     links = "".join(f'<a href="#part{i}">{title}</a>' for i, title in enumerate(sections))
     parts = [f'<section id="part{i}"><h2>{t}</h2>{s}</section>' for i, (t, s) in enumerate(sections.items())]
     return f"""<!doctype html>
@@ -576,7 +595,7 @@ def main() -> None:
     part = Path(f"{out}.part")
     try:
         run = read_run(args.run)
-        r = max(ends(run), default=0) if args.round is None else args.round
+        r = finished_rounds(run) if args.round is None else args.round
         heat = "<p>Left out: --no-heat-map.</p>" if args.no_heat_map else heat_map(run, r)
         part.write_bytes(page(run, max(args.pairs, 0), heat).encode())
         part.replace(out)

@@ -1,6 +1,8 @@
 """Tests of what is around the method: many processes, adapters, the memory forecast, tables and pages of runs."""
 
+import csv
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -14,9 +16,34 @@ import torch
 EXTRAS = Path(__file__).resolve().parent
 sys.path[:0] = [str(EXTRAS), str(EXTRAS.parent)]
 import oel
-from extras.testing import arguments, consolidated, files_in, load, python, relative, rows_of, small
+from extras.testing import arguments, consolidated, files_in, load, logs, python, relative, rows_of, small
 
 pytest_plugins = ["extras.testing"]
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Call the main of a module of extras/ with arguments; returns its exit code, stdout and stderr."""
+
+    def call(name: str, *args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        try:
+            code = importlib.import_module(name).main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def own_logs(folder, lessons, tmp_path):
+    """The folder of a finished run on --logs, in which a reply is hostile and no outcome is known."""
+    played = [{**trajectory, "outcome": None} for trajectory in logs(2)]
+    played[0]["turns"][0]["response"] = f"√\t\n{HOSTILE}\x9b2J\r"
+    oel.write_jsonl(tmp_path / "logs.jsonl", played)
+    oel.run(small(model=folder, logs=tmp_path / "logs.jsonl", experience=lessons, out=tmp_path / "own"))
+    return tmp_path / "own"
 
 
 # --- many_gpus.py -------------------------------------------------------------------------------------------
@@ -171,7 +198,33 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(folder, monkeypatch
     assert "take a smaller model" in memory.forecast(cfg)
 
 
-# --- curves.py and claims.py --------------------------------------------------------------------------------
+# --- glance.py, curves.py and claims.py ----------------------------------------------------------------------
+def test_runs_on_logs_and_of_adapters_are_read_or_refused_in_a_line(whole, own_logs, tmp_path, tool):
+    """Catches: a traceback about an outcome that no log has, about metrics, or about the setting of lora.py."""
+    code, out, err = tool("glance", own_logs)
+    assert code == 0 and "The first message of the log" in out and "after round1" in out, err
+    code, out, err = tool("curves", own_logs)
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"{own_logs} learned from --logs" in err
+    adapters = shutil.copytree(whole.out, tmp_path / "adapters")
+    settings = json.dumps({**dataclasses.asdict(whole), "lora": 4})
+    (adapters / "config.json").write_text(settings)
+    code, out, err = tool("glance", adapters)
+    assert code == 0 and "after round2" in out, err
+    code, out, err = tool("curves", adapters, "--forgetting", 2)
+    assert code == 0 and "Forgetting probe, 2 games each" in out, err
+    for name in ("glance", "curves"):
+        code, out, err = tool(name, tmp_path)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "config.json" in err and "name " in err
+
+
+def test_a_glance_obeys_no_control_character(own_logs, tool):
+    """Catches: a log that clears the screen or changes the terminal's title."""
+    code, out, _ = tool("glance", own_logs)
+    assert code == 0 and "√\t\n</pre>" in out and r"\x00\x1b[31m <|im_end|>\x9b2J" in out
+    assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f]", out)
+    assert sys.modules["glance"].visible("\u202e \ud800\r\n√é") == "\\u202e \\ud800\\r\n√é"
+
+
 def test_the_table_over_seeds_is_their_mean_and_spread(tmp_path):
     """Catches: rows within a round counted as its end, or an unfinished run among the others."""
     rates = {"a": (0.0, 0.5), "b": (0.2, 1.0), "c": (0.4,)}
@@ -188,7 +241,21 @@ def test_the_table_over_seeds_is_their_mean_and_spread(tmp_path):
     assert "| 0 | 10.0% (14.1%) | 9.0 (0.0) | 0.0%, 20.0% |" in done.stdout
     assert "| 1 | 75.0% (35.4%) | 9.0 (0.0) | 50.0%, 100.0% |" in done.stdout
     failed = python(EXTRAS / "curves.py", *(tmp_path / name for name in rates))
-    assert failed.returncode == 1 and "has 0 of 1 rounds" in failed.stderr
+    assert failed.returncode == 2 and "has 0 of 1 rounds" in failed.stderr
+
+
+def test_runs_of_other_settings_are_not_averaged(whole, tmp_path, tool):
+    """Catches: one mean over runs that learned differently, without a word."""
+    runs = [tmp_path / name for name in ("a", "b")]
+    for seed, run in enumerate(runs):
+        run.mkdir()
+        shutil.copy(Path(whole.out, "metrics.jsonl"), run)
+        settings = {**dataclasses.asdict(whole), "seed": seed, "out": str(run), "device": str(seed)}
+        (run / "config.json").write_text(json.dumps(settings))
+    assert tool("curves", *runs)[0] == 0, "seed, folder and device may differ"
+    (runs[1] / "config.json").write_text(json.dumps({**settings, "lr": 0.02, "lora": 4}))
+    code, out, err = tool("curves", *runs)
+    assert (code, out) == (2, "") and "differ in lora None and 4, lr 0.01 and 0.02: name" in err
 
 
 def test_forgetting_is_compared_where_both_pass_equally_often():
@@ -213,6 +280,31 @@ def test_forgetting_is_compared_where_both_pass_equally_often():
     assert (claims.more(0.5, 0.6), claims.more(None, 1)) == ("no", "not measured")
 
 
+def test_a_comparison_of_equal_values_says_nothing():
+    """Catches: "equal" where nothing else could be seen, or "yes" from a mean that is within its spread."""
+    import claims
+
+    assert claims.compared([1.0, 0.99, 1.0], [1.0] * 3) == "says nothing: 6 of 6 values at the ceiling"
+    assert claims.compared([0.5, 0.8], [0.5, 0.8]) == "says nothing: 2 of 2 seeds equal"
+    assert (claims.compared([0.5, 0.8], [0.8, 0.5]), claims.compared([0.9], [])) == ("equal", "not measured")
+    assert claims.compared([1.0, 1.0], [0.5, 1.0]) == "yes", "only one side is at the ceiling"
+    ratios = {"yes": [2, 3, 4], "no": [0.5, 0.6], "not clear": [0.99, 1.26, 3.4], "not measured": []}
+    assert [claims.above_one(values) for values in ratios.values()] == list(ratios)
+    assert claims.above_one([3.0]) == "not clear", "one seed has no spread"
+
+
+def test_the_table_of_the_claims_is_made_from_their_numbers():
+    """Catches: a table in assets/ or in the README that was edited, or judged by another rule than claims.py's."""
+    import claims
+
+    kinds = {"seed": int, "round": int, "step": int, "value": float}
+    with (EXTRAS.parent / "assets/claims.csv").open() as file:
+        rows = [{k: kinds.get(k, str)(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    table = claims.table(claims.Numbers(rows))
+    for file in ("assets/claims.md", "extras/README.md"):
+        assert table in (EXTRAS.parent / file).read_text(encoding="utf-8"), file
+
+
 # --- report.py ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "won, n, low, high",
@@ -230,13 +322,24 @@ def test_every_interval_is_of_the_games_that_were_played():
 
     keys = ("pass_rate", "in_context_pass_rate", "unseen_pass_rate", "forgetting_pass_rate")
     row = {"round": 1, "step": 4, "reply_tokens": 9.0, **dict.fromkeys(keys, 0.5)}
-    games = {"eval_games": 100, "probe_games": 10}
+    games = {"env": "sokoban", "eval_games": 100, "probe_games": 10}
     run = report.Run(Path("run"), {"steps": 4, "rounds": 1, **games}, [row], [], {}, {})
     page = report.results(run)
     wide, narrow = (" to ".join(map(report.percent, report.wilson(0.5, n))) for n in (10, 100))
     assert page.count(f"50% ({wide})") == 3 * page.count(f"50% ({narrow})") > 0, (
         "three rates are of the probes"
     )
+
+
+def test_the_page_says_that_a_lake_has_few_boards():
+    """Catches: intervals of 128 games that read as if each game had another board."""
+    import report
+
+    row = {"round": 0, "step": 0, "reply_tokens": 9.0, "pass_rate": 0.5}
+    for env, games, said in (("frozenlake", 128, True), ("frozenlake", 4, False), ("sokoban", 128, False)):
+        config = {"steps": 4, "rounds": 1, "env": env, "eval_games": games, "probe_games": 64}
+        page = report.results(report.Run(Path("run"), config, [row], [], {}, {}))
+        assert (f"only 19 boards, so {games} games are repetitions" in page) == said
 
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m <|im_end|>"
@@ -274,3 +377,14 @@ def test_the_page_shows_where_the_lessons_matter(whole, tmp_path):
     assert "could not be asked" not in page
     colours = [float(nats) for nats in re.findall(r'title="([0-9.]+) nats', page)]
     assert len(colours) > 8 and max(colours) > 0
+
+
+def test_the_page_of_a_run_on_logs_is_finished_and_has_no_pass_rate(own_logs, tool):
+    """Catches: a finished run that is said to evaluate still, or sections about games that nobody played."""
+    assert tool("report", own_logs)[0] == 0
+    page = (own_logs / "report.html").read_text()
+    assert "Finished, 1 of 1 rounds" in page and "learns from logs.jsonl" in page
+    assert "Nothing was played, so there is no pass rate" in page
+    assert "round 1, step 2: " in page and "H loses." in page, "the losses and the lessons are there"
+    assert "No evaluation" not in page and "held-out" not in page and "could not be asked" not in page
+    assert re.search(r'title="[0-9.]+ nats', page), "the models are there, so the heat map is"
