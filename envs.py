@@ -17,7 +17,9 @@ import functools
 import random
 import re
 import runpy
+import sys
 import zlib
+from pathlib import Path
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 WASD = {"w": "up", "s": "down", "a": "left", "d": "right"}
@@ -121,9 +123,8 @@ class GridGame:
 
 
 class FrozenLake(GridGame):
-    """Walk from the top left to the goal at the bottom right; stepping on a hole loses.
-    `hole` and `goal` are letters; several letters in one string all mean the same. Any other letter on a
-    board is harmless."""
+    """Walk from the top left to the goal at the bottom right; stepping on a hole loses. `hole` and `goal` are
+    letters; several in one string all mean the same. Any other letter on a board is harmless."""
 
     things = (("hole", "H"), ("goal", "G"))
 
@@ -188,8 +189,7 @@ class FrozenLake(GridGame):
         r, c = self.player[0] + MOVES[direction][0], self.player[1] + MOVES[direction][1]
         if r not in range(len(self.cells)) or c not in range(len(self.cells[0])):
             raise InvalidMove(f"there is no cell {direction} of you")
-        self.player = (r, c)
-        ended = ""
+        self.player, ended = (r, c), ""
         if self.cells[r][c] in self.hole:
             ended = "You fell into a hole. The episode failed."
         elif self.cells[r][c] in self.goal:
@@ -205,9 +205,7 @@ class Sokoban(GridGame):
     def __init__(self, size=6, max_turns=5, box="X", target="O", strict=False):
         super().__init__(max_turns, strict, box, target)
         if size < 5 or len(box + target) != 2:
-            raise ValueError(
-                f"a room is at least 5x5, with one letter each: {size}x{size}, {box!r}, {target!r}"
-            )
+            raise ValueError(f"a room is at least 5x5, with one letter each: {size}x{size}, {box!r}, {target!r}")
         self.size, self.box, self.target = size, box, target
 
     def rules(self) -> list[str]:
@@ -296,5 +294,7 @@ GAMES = {"frozenlake": FrozenLake, "sokoban": Sokoban}
 
 @functools.cache  # the file of a user's own game runs once
 def games_in(file: str) -> dict:
-    """The games of a Python file by name, or those above if no file is named."""
+    """The games of a Python file, which may import its neighbours, or those above if no file is named."""
+    if file:
+        sys.path.append(str(Path(file).resolve().parent))
     return runpy.run_path(file) if file else GAMES

@@ -4,7 +4,7 @@ A language model is deployed, plays, and forgets. Here it learns from what it sa
 
     for each round:
         trajectories = deploy(policy, extraction levels)   # 1. It plays, and what happens is logged as text.
-        experiences  = extract(policy, trajectories)       # 2. It reads the logs and writes lists of lessons.
+        experiences  = extract(policy, trajectories)       # 2. It reads them and writes lists of lessons.
         logs         = deploy(policy, deployment levels)   # 1. It plays other levels, to train on their prompts.
         consolidate(policy, logs, experiences)             # 3. The lessons go into its weights.
         evaluate(policy, held-out levels)
@@ -18,8 +18,8 @@ experience e. The teacher, the same model frozen at the start of the round, scor
 
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
-Here the mean is over all response tokens of a step, so each token counts the same. Both logits are divided by
-the temperature at which y is sampled. No gradient flows through the sampling of y.
+The mean is over all response tokens of a step, so each token counts the same. Both logits are divided by the
+temperature of sampling. No gradient flows through the sampling of y.
 
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens of a batch, R rows of the KV cache.
 """
@@ -39,8 +39,9 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
+import zlib
 from collections import namedtuple
-from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def option(default, help: str, choices: tuple | None = None):
 
 @dataclasses.dataclass
 class Config:
-    """The options, each of them also on the command line. The defaults are the paper's for Qwen3-1.7B."""
+    """The options of the command line. The defaults: the paper's for Qwen3-1.7B, and an exact KL."""
 
     model: str = option(str(TINY), "hub name or folder of the policy")
     env: str = option("frozenlake", "frozenlake, sokoban, or a class of your own as FILE.py:CLASS")
@@ -75,10 +76,11 @@ class Config:
     smoke: bool = option(False, "run one very small round on the named model, to see that everything works")
     thinking: bool = option(True, "let the policy reason before it answers, if its template has the switch")
     reply_limit: int = option(1024, "new tokens in one reply, at most")
+    max_turns: int = option(1000, "turns after which an episode is stopped")
     temperature: float = option(0.7, "temperature of every sample, and of both sides of the KL (section 4.1)")
-    top_p: float = option(0.8, "nucleus for extraction and evaluation; logs and training use none")
+    top_p: float = option(0.8, "nucleus for all but the games to train on, and training")
     top_k: int = option(20, "tokens to choose from, in the same phases as --top-p; 0: all")
-    strict: bool = option(False, "ignore actions inside the reasoning, so a truncated thought makes no move")
+    strict: bool = option(False, "look for actions behind </think> only; not for models that write none")
     lists: int = option(10, "independently sampled lists of lessons a round")
     episodes: int = option(15, "episodes that each list is folded over; every list gets the same levels")
     form: str = option("free", "form of the lessons", ("free", "items"))
@@ -87,8 +89,8 @@ class Config:
     experience_budget: int = option(2048, "most tokens in a list of lessons, and of one extraction's reply")
     experience: str = option("", "file of lessons to consolidate; then none are extracted")
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
-    context: str = option("items", "what the teacher sees: lessons, logs, nothing", ("items", "raw", "none"))
-    distill: str = option("on-policy", "who answers: the student or the teacher", ("on-policy", "off-policy"))
+    context: str = option("items", "what the teacher sees: lessons, raw episodes, nothing", ("items", "raw", "none"))
+    distill: str = option("on-policy", "student (reverse KL) or teacher (forward KL)", ("on-policy", "off-policy"))
     steps: int = option(20, "optimizer steps a round")
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
     lr: float = option(5e-6, "learning rate, constant")
@@ -115,8 +117,7 @@ PRESETS = {
     "Qwen3-8B": {**ITEMS, "episodes": 50, "steps": 100},
     "Qwen3-4B-Instruct-2507": {**ITEMS, "thinking": False, "episodes": 50, "steps": 100},
     "tiny": {"form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256, "lists": 5,
-             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 3e-4, "adam_eps": 1e-4,
-             "checkpointing": False},
+             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 3e-4, "adam_eps": 1e-4, "checkpointing": False},
 }  # fmt: skip
 SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,
          "experience_budget": 32, "eval_games": 4, "probe_games": 4}  # fmt: skip
@@ -125,6 +126,11 @@ MAY_BE_ZERO = ["seed", "rounds", "top_k", "weight_decay", "lr"]  # and whatever 
 
 class UsageError(ValueError):
     """An error that the user can fix. Its one line says what was wrong, where, and what to do."""
+
+
+def require(condition, problem: str) -> None:
+    if not condition:
+        raise UsageError(problem)
 
 
 def derive_seed(*parts: int) -> int:
@@ -141,20 +147,19 @@ def run(cfg: Config) -> list[dict]:
     """The algorithm at the top of this file; returns the rows of metrics.jsonl. Every stage leaves a record and is
     not run again once it has one, so the same command continues a run that was stopped."""
     out, device = Path(cfg.out), find_device(cfg.device)
-    check_inputs(cfg, out)
+    own, lessons, settings = check_inputs(cfg, out)
     with FileLock(f"{out}.lock", blocking=False):  # TimeoutError if another run holds it
         done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
-        source = str(out / f"round{done}/model") if done else cfg.model
-        policy = load_policy(source, device, cfg.thinking, cfg.dtype)
-        check_fits(policy.model, cfg.experience_budget, cfg.reply_limit)
+        policy = load_policy(str(out / f"round{done}/model") if done else cfg.model, device, cfg.thinking, cfg.dtype)
+        rows = read_jsonl(out / "metrics.jsonl")
+        require(cfg.logs or len(rows) >= done, f"{out}/metrics.jsonl lacks rounds: choose another --out")
+        known = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]
+        check_fits(policy.model, max(cfg.experience_budget, *(len(policy.encode(x)) for x in known)), cfg.reply_limit)
         with atomic(out / "config.json") as part:
-            part.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+            part.write_text(json.dumps(settings, indent=2) + "\n")
         if cfg.logs:  # the user's logs take the place of what deploy would record
-            own, n = read_jsonl(Path(cfg.logs), prompts.parse_log), cfg.steps * cfg.batch_episodes
-            if read_jsonl(out / "round1/trajectories.jsonl") not in ([], own):
-                raise UsageError(f"{cfg.logs} has changed since {out} began: choose another --out")
             write_jsonl(out / "round1/trajectories.jsonl", own)
-            write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(n)])
+            write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(cfg.steps * cfg.batch_episodes)])
         if not done:
             measure(policy, cfg, 0, 0, out, time.perf_counter())
         for r in range(max(done, 1), cfg.rounds + 1):  # round `done` again: its evaluation may be missing
@@ -165,9 +170,8 @@ def run(cfg: Config) -> list[dict]:
 
 
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
-    """What every phase of round r plays and samples with: the levels, the seed of the noise, the sampling.
-    The seeds of the three kinds of levels are disjoint, and rounds share the held-out ones alone. Phases with
-    `nucleus` use --top-p, --top-k; the others (replies to distil; logs, kept for their prompts) do not."""
+    """What round r plays in each phase, and how it samples. The three kinds of levels have disjoint seeds, and rounds
+    share the held-out levels alone. Phases with `nucleus` use --top-p and --top-k, others sample from all tokens."""
     if cfg.logs:  # nothing is played, and no game is imported
         levels = lambda *_: []
     else:
@@ -197,8 +201,10 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
     if not (folder / "model").exists():
         # 1. and 2. Play the extraction levels, and write lists of lessons about what happened.
         played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, plan["games to extract from"])
-        lists = recorded(folder / "experience", extract, policy, cfg, played, plan["extraction"])
-        recorded(folder / "in_context.jsonl", deploy, policy, cfg, plan["probes"], lists)
+        lists = None  # --context none: a control without lessons
+        if cfg.context != "none":
+            lists = recorded(folder / "experience", extract, policy, cfg, played, plan["extraction"])
+            recorded(folder / "in_context.jsonl", deploy, policy, cfg, plan["probes"], lists)
         # 1. again. Play other levels; each of their prompts will be trained on once.
         logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, plan["games to train on"])
         # 3. Train until the policy plays without the lessons as it would with them.
@@ -216,7 +222,7 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
         return
     metrics, played = evaluate(policy, cfg, phases(cfg, r))
     write_jsonl(out / f"round{r}/held_out.jsonl", played)
-    metrics["in_context_pass_rate"] = pass_rate(read_jsonl(out / f"round{r}/in_context.jsonl"))
+    metrics["in_context_pass_rate"] = pass_rate(read_jsonl(out / f"round{r}/in_context.jsonl"))  # before training
     row = {"round": r, "step": step, **metrics, "seconds": time.perf_counter() - began}
     add_row(out / "metrics.jsonl", row)
     tqdm.write(table([row]))
@@ -225,7 +231,7 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
 # --- deploy: the user side, and the only part that plays --------------------------------------------------
 def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant: str = "") -> list[dict]:
     """Play one episode on each of the phase's levels; return the trajectories, [] if the game lacks the variant.
-    Only probes show `experiences` (list i mod L on level i) and play variants. "renamed" shows the rules."""
+    Only probes show `experiences` (by turns) and play variants. "renamed" shows the rules."""
     episodes = []
     for i, level in enumerate(phase.levels):
         game = make_game(cfg, variant, seed=i)
@@ -233,28 +239,44 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
             return []
         lists = [prompts.as_items(game.rules())] if variant == "renamed" else experiences or [None]
         name, experience = f"{variant}{i}-level{level}", lists[i % len(lists)]
-        episodes.append(episode(policy, game, level, name, cfg.reply_limit, experience))
+        episodes.append(episode(policy, game, level, name, cfg.reply_limit, experience, cfg.max_turns))
     return drive(policy.model, episodes, **sampling(policy, cfg, phase, variant or "deploy"))
 
 
-def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience: str | None = None):
+def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience=None, max_turns=1000):
     """Play one episode, as a generator that returns the trajectory {"id", "turns", "outcome"}. A turn is a dict of
     "prompt", WITHOUT experience, "response", and "feedback": all that the game said next. "outcome" is for people."""
-    observations, turns, done = [game.reset(level)], [], False
+    turns, done, won, where = [], False, False, f"{type(game).__name__}, level {level}"
     counts = {"reply_tokens": 0, "truncated": 0, "unclosed": 0}
-    while not done:
+    with game_errors(where):
+        observations = [prompts.checked_text(game.reset(level))]
+    while not done and len(turns) < max_turns:
         prompt = prompts.play_prompt(getattr(game, "task", ""), observations)
         message = prompt if experience is None else prompts.with_experience(prompt, experience)
         response = yield Request(policy.encode(message), reply_limit)
         reply = policy.decode(response.ids)
-        feedback, done = game.step(reply)
-        observations.append(feedback)
+        with game_errors(f"{where}, turn {len(turns) + 1}"):
+            feedback, done = game.step(reply)
+            observations.append(prompts.checked_text(feedback))
+            won = bool(game.won)
         turns.append({"prompt": prompt, "response": reply, "feedback": feedback})
         counts["reply_tokens"] += len(response.ids)
         counts["truncated"] += response.finish == "length"
         counts["unclosed"] += "<think>" in reply and "</think>" not in reply
+    if not done:
+        tqdm.write(f"{where}: stopped after turn {max_turns} (--max-turns)")
     counts["invalid"] = getattr(game, "invalid_moves", 0)
-    return {"id": name, "turns": turns, "outcome": {"won": bool(game.won), "turns": len(turns), **counts}}
+    return {"id": name, "turns": turns, "outcome": {"won": won, "turns": len(turns), **counts}}
+
+
+@contextlib.contextmanager
+def game_errors(where: str):
+    """Whatever a game raises becomes a UsageError that says where, below the game's own traceback."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise UsageError(f"{where}: {error!r}; correct the game, and the same command continues") from error
 
 
 def make_game(cfg: Config, variant: str = "", seed: int = 0):
@@ -262,10 +284,11 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
     from envs import GAMES, games_in
 
     file, _, name = cfg.env.rpartition(":")
-    if name not in (games := games_in(file)):
-        raise UsageError(f"--env {cfg.env}: no game {name}; choose from {', '.join(GAMES)}, or FILE.py:CLASS")
-    maker = getattr(games[name], variant, None) if variant else games[name]
-    game = maker and maker(**({"seed": seed} if variant == "renamed" else {}))
+    with game_errors(f"--env {cfg.env}"):
+        games = games_in(file) if not file or Path(file).exists() else {}
+        maker = getattr(games.get(name), variant, None) if variant else games.get(name)
+        game = maker and maker(**({"seed": seed} if variant == "renamed" else {}))
+    require(name in games, f"--env {cfg.env}: no game {name}; choose from {', '.join(GAMES)}, or FILE.py:CLASS")
     if game:
         game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
     return game
@@ -282,8 +305,8 @@ def sampling(policy: Policy, cfg: Config, phase: Phase, desc: str) -> dict:
 # --- extract: text in, text out ---------------------------------------------------------------------------
 def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase) -> list[str]:
     """Write up to `cfg.lists` lists in parallel, each from its own share of the trajectories; drop empty ones."""
-    if cfg.context == "none" or cfg.experience:  # a control without lessons; or they are given
-        return [] if cfg.context == "none" else [Path(cfg.experience).read_text("utf-8").strip()]
+    if cfg.experience:
+        return [Path(cfg.experience).read_text("utf-8").strip()]
     if cfg.extractor:
         policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype)
     size = math.ceil(len(trajectories) / cfg.lists)  # phases repeats the levels, so each share has them all
@@ -296,8 +319,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
         lists = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
     if cfg.smoke:  # so few tokens hold no lesson
         lists.append(prompts.as_items(["Look before every move."]))
-    if not any(lists):
-        raise UsageError("no lesson in any list: try more --experience-budget, --form free or another model")
+    require(any(lists), "no lesson in any list: try more --experience-budget, --form free or another model")
     return [experience for experience in lists if experience]
 
 
@@ -305,8 +327,8 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
     """Fold one list of lessons over trajectories (Eq. 1), as a generator. The list starts empty."""
     experience, budget = "", cfg.experience_budget
     for trajectory in trajectories:
-        shown = experience if cfg.previous else ""
-        message = prompts.extraction_prompt(trajectory, shown, cfg.form, cfg.reasoning)
+        known = experience if cfg.previous else ""
+        message = prompts.extraction_prompt(trajectory, known, cfg.form, cfg.reasoning)
         response = yield Request(policy.encode(message), budget)
         lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
         experience = prompts.accumulate(experience, lessons, budget, policy.count_tokens)  # Eq. 1
@@ -314,13 +336,10 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 
 
 # --- consolidate: the only part that changes weights ------------------------------------------------------
-def consolidate(
-    policy: Policy, cfg: Config, logs: list[dict], experiences: list[str] | None, phase: Phase,
-    state: Path | None = None, on_step: Callable[[int, dict], None] = lambda step, row: None,
-) -> None:  # fmt: skip
+def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=None, on_step=lambda *_: None):
     """Distil the experience lists into the policy's weights, on-policy (Eq. 2); None is a control without any.
-    A step answers every prompt of the next `cfg.batch_episodes` logged trajectories once and updates once.
-    `state` is a file to resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
+    A step answers every prompt of the next `cfg.batch_episodes` logged trajectories once and updates once. `state`
+    is a path to resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
     teacher = policy.frozen()  # before a saved state is loaded: the policy with which the round began
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
@@ -345,13 +364,11 @@ def consolidate(
         if not math.isfinite(loss + grad_norm):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient {grad_norm}; no weight was changed")
         optimizer.step()
-        if not all(p.isfinite().all() for p in policy.master):
-            raise FloatingPointError(f"step {step}: a weight is not finite; take a smaller --lr")
         optimizer.zero_grad()
         policy.copy_master()
         tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
-        on_step(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "replies": len(samples),
-                       "seconds": seconds, "tokens_per_second": tokens / seconds})  # fmt: skip
+        row = {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "replies": len(samples)}
+        on_step(step, {**row, "seconds": seconds, "tokens_per_second": tokens / seconds})
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             with atomic(state) as part:
                 torch.save({"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}, part)
@@ -363,17 +380,15 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
     logs = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
     student_prompts = [turn["prompt"] for trajectory in logs for turn in trajectory["turns"]]
     teacher_prompts = student_prompts
-    if (
-        experiences is not None and cfg.context != "none"
-    ):  # each prompt gets one of the lists, drawn at random
+    if experiences is not None:  # each prompt gets one of the lists, drawn at random
         draw = random.Random(derive_seed(phase.seed, step))
         teacher_prompts = [prompts.with_experience(x, draw.choice(experiences)) for x in student_prompts]
     prompt_ids, teacher_ids = ([policy.encode(x) for x in xs] for xs in (student_prompts, teacher_prompts))
     check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
     phase = phase._replace(seed=derive_seed(phase.seed, step, 1))  # new noise in every step
-    how = {"max_new_tokens": cfg.reply_limit, **sampling(policy, cfg, phase, f"step {step}/{cfg.steps}")}
-    off_policy = cfg.distill == "off-policy"
-    responses = sample(teacher, teacher_ids, **how) if off_policy else sample(policy.model, prompt_ids, **how)
+    answering = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
+    desc = f"step {step}/{cfg.steps}"
+    responses = sample(*answering, max_new_tokens=cfg.reply_limit, **sampling(policy, cfg, phase, desc))
     return [Sample(x, e_x, y.ids) for x, e_x, y in zip(prompt_ids, teacher_ids, responses, strict=True)]
 
 
@@ -384,9 +399,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
     for batch in micro_batches(samples, cfg.micro_tokens):
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A shared prefix runs once. A control runs exactly like the student, for a KL of 0.
+        # 1. The teacher. A prefix that all share runs once. A control runs exactly like the student, for a KL of 0.
         whole = len(batch) == 1 or teacher_ids == prompt_ids
-        prefix = 0 if whole else prompts.common_prefix([ids[:-1] for ids in teacher_ids])  # last one must run
+        prefix = 0 if whole else prompts.common_prefix([x[:-1] for x in teacher_ids])  # the last id predicts
         with torch.no_grad():
             teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
@@ -412,9 +427,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     over the student's top tokens only, as the authors do. direction="forward" is KL(teacher || student).
     With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
     gradient by the student's logits is p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL
-    agree in almost all digits, and rounding destroys their difference. So we first subtract it from all d."""
-    if (len(hs), len(ws)) != (len(ht), len(wt)):
-        raise ValueError(f"student and teacher differ in shape: {[tuple(x.shape) for x in (hs, ht, ws, wt)]}")
+    agree in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
+    require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
     head_grad = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
@@ -436,8 +450,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
         else:
             if top_k:  # with k = kept, the gradient is p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
                 kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
-                d.add_(1).mul_(kept)
-                offset = -torch.linalg.vecdot(p, kept)[:, None]  # (n, 1): kl = mean + offset, without the + 1
+                d.add_(1).mul_(kept)  # d is now k (d + 1)
+                offset = -torch.linalg.vecdot(p, kept)[:, None]  # (n, 1): takes the + 1 out of the KL again
             else:
                 offset = d.gather(-1, p.argmax(-1, keepdim=True))  # (n, 1)
                 d.sub_(offset)
@@ -471,12 +485,11 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Cut samples into batches of one experience and similar length: of `budget` padded tokens, or one sample."""
+    """Batches of one experience and similar length, each of one sample or of at most `budget` padded tokens."""
     keyed, batches, former = [], [], None
-    for s in samples:
-        key = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # as long as e, which comes first
-        # The teacher's prompt counts a quarter: its experience runs once for all, and it needs no gradient.
-        width = max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
+    for s in samples:  # the first ids of the teacher's prompt, as many as e has, tell lists apart
+        key, told = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)], len(s.teacher_ids)
+        width = max(len(s.prompt_ids), told // 4) + len(s.response_ids)  # e runs once for all, without a gradient
         keyed.append((key, width, s))
     for key, width, s in sorted(keyed, key=lambda entry: entry[:2]):
         if key != former or (len(batches[-1]) + 1) * width > budget:
@@ -543,19 +556,16 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
         tokenizer = AutoTokenizer.from_pretrained(source)
         how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
-        if info["missing_keys"]:
-            raise ValueError(f"its weights lack {sorted(info['missing_keys'])}")
+        check_supported(model.config)
         prompts.chat_ids(tokenizer, "OEL", thinking)  # raises what is wrong with the chat template
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        vocab_size, ids = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
+        require(not info["missing_keys"], f"its weights lack {sorted(info['missing_keys'])}")
+        require(vocab_size <= ids, f"its tokenizer has {vocab_size} ids, but its model only {ids}")
+        require(stops and tokenizer.encode("OEL", add_special_tokens=False), "no stop token or no vocabulary")
     except Exception as error:  # noqa: BLE001 (whatever is wrong with the files)
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
-    check_supported(model)
-    vocab_size, ids = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    if not stops or not tokenizer.encode("OEL", add_special_tokens=False):
-        raise UsageError(f"the tokenizer of {source!r} lacks stop token or vocabulary: take a chat model")
-    if vocab_size > ids:
-        raise UsageError(f"the tokenizer of {source!r} has {vocab_size} ids, but its model only {ids}")
     master = list(model.eval().to(device).parameters())
     if (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":
         master = [p.detach() for p in master]
@@ -564,27 +574,26 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
     return Policy(model, tokenizer, master, frozenset(stops), vocab_size, thinking)
 
 
-def check_supported(model) -> None:
-    """Refuse models that our cache would get wrong: untested families, sliding windows, rotary scaling by length."""
-    config = model.config
+def check_supported(config) -> None:
+    """UsageError for what our cache would get wrong: untested families, sliding windows, rotary scaling by length."""
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if config.model_type not in FAMILIES or window or rope in ("dynamic", "longrope"):
-        what = f"{type(model).__name__} with sliding window {window or None} and rotary embedding {rope}"
-        raise UsageError(f"{what} is not supported; choose {', '.join(FAMILIES)} with full attention")
+    what = f"{config.model_type} with sliding window {window or None} and rotary embedding {rope}"
+    good = config.model_type in FAMILIES and not window and rope not in ("dynamic", "longrope")
+    require(good, f"{what} is not supported; choose {', '.join(FAMILIES)} with full attention")
 
 
 def check_fits(model, prompt_len: int, reply_len: int) -> None:
     context = getattr(model.config, "max_position_embeddings", math.inf)
-    if min(prompt_len, reply_len) < 1 or prompt_len + reply_len > context:
-        raise UsageError(f"{prompt_len} prompt + {reply_len} reply tokens do not fit a context of {context}")
+    fits = min(prompt_len, reply_len) > 0 and prompt_len + reply_len <= context
+    require(fits, f"{prompt_len} tokens of prompt or lessons + {reply_len} of reply exceed a context of {context}")
 
 
 def find_device(name: str = "") -> torch.device:
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # mps, ...
     kind, colon, index = name.partition(":")
-    if kind not in ("", "cpu", best) or colon and not index.isdigit():
-        raise UsageError(f"--device {name} is not available; choose {' or '.join({best, 'cpu'})}")
+    known = not colon or index.isdigit() and (kind == "cpu" or int(index) < torch.accelerator.device_count())
+    require(kind in ("", "cpu", best) and known, f"--device {name} is not available; the best one is {best}")
     return torch.device(name or best)
 
 
@@ -593,7 +602,7 @@ def find_device(name: str = "") -> torch.device:
 # any number of them at once. When a reply ends, its generator moves on, and its next prompt takes a free row.
 Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and the largest length of its reply
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
-Job = namedtuple("Job", "owner turn request ids")  # index of the generator, of its request; reply ids so far
+Job = namedtuple("Job", "owner turn request ids")  # index of the generator, and of its request; ids: the reply so far
 # One forward pass as attention sees it: new tokens go to `positions` (B, t) of `row_ids` (B,). The first `reach`
 # tokens of these rows are read. `rows` indexes the same rows, by a slice where it can (a view, not a copy).
 View = namedtuple("View", "cache rows row_ids positions reach")
@@ -608,7 +617,7 @@ def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int, **options
     return drive(model, [ask(ids) for ids in prompt_ids], **options)
 
 
-def drive(model, generators: list[Generator], *, desc: str | None = None, **options) -> list:
+def drive(model, generators: list, *, desc: str | None = None, **options) -> list:
     """Run generators that yield Requests and are sent Responses; return what they return. See `Sampler`."""
     device = model.device if model.device.type == "cuda" else -1  # -1 leaves the current CUDA device as it is
     with contextlib.ExitStack() as undo, torch.inference_mode(), torch.cuda.device(device):
@@ -621,20 +630,15 @@ def drive(model, generators: list[Generator], *, desc: str | None = None, **opti
 
 
 class Sampler:
-    """Continuous batching: while some replies go on, new prompts take the rows of those that ended. The noise of a
-    reply depends on (seed, which generator, which of its requests) alone. `ahead` (default: on CUDA) launches the
-    next step before the host knows which replies ended. UsageError for a request that exceeds the context."""
+    """Continuous batching: new prompts take the rows of replies that ended, while others go on. The noise of a reply
+    depends on (seed, which generator, which of its requests) alone. UsageError if a request exceeds the context."""
 
-    def __init__(
-        self, model, generators: list[Generator], bar: tqdm, *, stop_ids, temperature=1.0, top_k=0, top_p=1.0,
-        seed=0, rows=0, vocab_size: int | None = None, ahead: bool | None = None, graphs=False,
-    ):  # fmt: skip
+    def __init__(self, model, generators, bar, *, stop_ids, seed=0, rows=0, vocab_size=None, graphs=False, **picking):
         self.model, self.generators, self.bar = model, generators, bar
         self.stop_ids, self.seed, self.graphs = stop_ids, seed, graphs
-        self.pick = functools.partial(pick, temperature=temperature, top_k=top_k, top_p=top_p)
+        self.pick = functools.partial(pick, **picking)  # temperature, top_k, top_p
         self.head = model.get_output_embeddings().weight[:vocab_size]
         self.cuda = model.device.type == "cuda"
-        self.ahead = self.cuda if ahead is None else ahead
         self.results = [None] * len(generators)
         self.waiting = []  # jobs without a row; the last is next in line
         self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
@@ -652,13 +656,10 @@ class Sampler:
             self.admit()
             newest = self.cache.token[: len(self.rows)].clone().to("cpu", non_blocking=self.cuda)
             copied = torch.cuda.current_stream().record_event() if self.cuda else None
-            if self.ahead:  # in vain for replies that end here, but the GPU never waits for the host
-                self.decode()
+            self.decode()  # ahead: in vain for replies that end here, but the GPU never waits for the host
             if copied:
                 copied.synchronize()
             self.retire(newest.tolist())
-            if any(self.rows) and not self.ahead:
-                self.decode()
         return self.results
 
     def advance(self, owner: int, turn: int, response: Response | None) -> None:
@@ -674,7 +675,7 @@ class Sampler:
         self.row_len = max(self.row_len, round_up(len(request.prompt_ids) + request.max_new_tokens, 256))
 
     def admit(self) -> None:
-        """Prefill waiting prompts, but not before over 1/8 of the rows are free or all these prompts fit."""
+        """Prefill waiting prompts once over 1/8 of the rows are free, or enough for all of these prompts."""
         capacity = max(1, min(self.max_rows, self.token_budget // self.row_len))
         free = capacity - sum(job is not None for job in self.rows)
         if not self.waiting or free < min(len(self.waiting), capacity // 8 + 1):
@@ -701,7 +702,7 @@ class Sampler:
             vacant.remove(row)
             self.rows[row] = job
             placed.append((row, donor, shared))
-        for row, donor, shared in reversed(placed):  # and copies first, before the donor is overwritten
+        for row, donor, shared in reversed(placed):  # the last copies first, before its donor is overwritten
             if row != donor:
                 self.cache.copy_row(row, self.cache, donor, shared)
         return [(len(self.rows[row].request.prompt_ids) - shared, shared, row) for row, _, shared in placed]
@@ -750,17 +751,18 @@ class Sampler:
 
     def decode(self) -> None:
         """One more token for every row in use. Sizes are rounded, for few graphs and aligned memory."""
-        n, cache = len(self.rows), self.cache
-        if self.graphs:
-            n = min(1 << (n - 1).bit_length(), len(cache.token))
+        cache, n = self.cache, len(self.rows)
+        n = min(1 << (n - 1).bit_length(), len(cache.token)) if self.graphs else n
         longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job)
-        sizes = n, min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lag if ahead
+        sizes = n, min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lag behind
         if not self.graphs or sizes not in self.captured:  # a first step may initialise what no graph can
             self.captured[sizes] = None
             return self.decode_pass(*sizes)
         if self.captured[sizes] is None:
             pool = next((graph.pool() for graph in self.captured.values() if graph), None)
-            self.captured[sizes] = capture(self.decode_pass, sizes, pool)
+            self.captured[sizes] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.captured[sizes], pool=pool):
+                self.decode_pass(*sizes)
         self.captured[sizes].replay()
 
     def decode_pass(self, n: int, reach: int) -> None:
@@ -791,7 +793,7 @@ class KVCache:
         c, self.length = model.config, length
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         shape = (2, c.num_hidden_layers, num_rows, c.num_key_value_heads, length, head_dim)  # keys, values
-        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)  # hidden NaN * 0 would be NaN
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)  # not empty: a masked NaN times 0 is NaN
         # Four numbers a row: newest token (sampled, but not in kv yet), tokens in kv, prompt length, noise key.
         self.state = torch.zeros(4, num_rows, dtype=torch.long, device=model.device)
         self.token, self.used, self.prompt_len, self.noise = self.state
@@ -821,7 +823,7 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
     return out.reshape(query.shape).transpose(1, 2), None
 
 
-def pick(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
+def pick(logits: torch.Tensor, key: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
     """Sample a token for each row: logits (B, V), key (B,) -> ids (B,). Top-k comes before top-p.
     The Gumbel trick: the argmax of logits / T + noise samples the softmax; the noise is a hash of (key, token)."""
     if temperature == 0:
@@ -845,42 +847,41 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def capture(step: Callable, sizes: tuple[int, ...], pool):
-    """Capture a step of fixed sizes as a CUDA graph, which then launches all of its kernels with one call."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step(*sizes)
-    return graph
-
-
 def round_up(n: int, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
 # --- the run folder ---------------------------------------------------------------------------------------
-def check_inputs(cfg: Config, out: Path) -> None:
-    """UsageError for a game, logs, lessons or a run folder that cannot be used, before anything is written."""
+def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
+    """The logs, the lessons, and what config.json is to hold. UsageError for anything that cannot be used."""
+    require(cfg.context != "raw" or not cfg.experience, "--context raw takes no --experience")
+    require(cfg.distill == "on-policy" or not cfg.kl_top_k, "--kl-top-k needs --distill on-policy")
+    logs = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else []
+    require(logs or not cfg.logs, f"--logs {cfg.logs}: the file does not exist or is empty")
+    lessons = Path(cfg.experience).read_text("utf-8", "replace").strip() if cfg.experience else ""
+    good = lessons and "\ufffd" not in lessons or not cfg.experience
+    require(good, f"--experience {cfg.experience} is empty or not UTF-8; it should hold lessons")
     if not cfg.logs:
         make_game(cfg)
-    elif not read_jsonl(Path(cfg.logs), prompts.parse_log):
-        raise UsageError(f"--logs {cfg.logs}: the file does not exist or is empty")
-    lessons = Path(cfg.experience).read_text("utf-8", "replace") if cfg.experience else "not given"
-    if not lessons.strip() or "\ufffd" in lessons:
-        raise UsageError(f"--experience {cfg.experience} is empty or not UTF-8; it should hold lessons")
-    path, new = out / "config.json", dataclasses.asdict(cfg)
-    old = json.loads(path.read_text()) if path.exists() else new
+    files = [file for file in (cfg.logs, cfg.experience, *sorted(Path(cfg.model).glob("*.safetensors"))) if file]
+    new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}
+    try:  # an option that is newer than the run has its default
+        old = {**new, **dataclasses.asdict(Config()), **json.loads((out / "config.json").read_text())}
+    except (OSError, TypeError, ValueError):
+        require(not any(out.glob("round*")), f"{out}/config.json is missing or damaged: choose another --out")
+        old = new
     names = sorted({*old, *new} - {"out", "rounds", "device"})  # a run may move, and go on for more rounds
     changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in names if old.get(k) != new.get(k)]
-    if changed:
-        raise UsageError(f"{out} has other settings ({'; '.join(changed)}): choose another --out")
+    require(not changed, f"{out} has other settings ({'; '.join(changed)}): choose another --out")
+    return logs, lessons, new
 
 
-def recorded(path: Path, stage: Callable[..., list], *args) -> list:
+def recorded(path: Path, stage, *args) -> list:
     """Run a stage once; always return what its record holds: a JSONL file, or a folder of lists of lessons."""
     status["phase"] = f"{path.parent.name}, {path.stem}".replace("round", "round ", 1)
-    if not path.exists():
+    if not path.exists() or not (any(path.iterdir()) if path.is_dir() else path.read_bytes()):
         result = stage(*args)
-        if path.suffix == ".jsonl":
+        if path.suffix:
             write_jsonl(path, result)
         else:
             with atomic(path) as part:
@@ -901,7 +902,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_jsonl(path: Path, parse: Callable = json.loads) -> list[dict]:
+def read_jsonl(path: Path, parse=json.loads) -> list[dict]:
     """The objects of a JSONL file, none if there is no file."""
     try:
         return prompts.parse_jsonl(path.read_bytes() if path.exists() else b"", parse)
@@ -962,7 +963,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"oel.py: error: {busy if isinstance(error, TimeoutError) else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"oel.py: stopped in {status['phase']}; the same command continues {cfg.out}", file=sys.stderr)
+        then = "" if cfg.smoke else f"; the same command continues {cfg.out}"
+        print(f"oel.py: stopped in {status['phase']}{then}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -978,21 +980,19 @@ def parse_args(argv: list[str] | None = None) -> Config:
         parser.add_argument(flag, default=argparse.SUPPRESS, help=about, **kind)
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags.values(), n=1)
         parser.error(f"unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    typed = vars(typed)
-    name = Path(typed.get("model", TINY)).name
+    name = Path(getattr(typed, "model", TINY)).name
     if name not in PRESETS:
         print(f"no preset for {name}: using the settings of Qwen3-1.7B")
-    cfg = Config(**{**PRESETS.get(name, {}), **(SMOKE if typed.get("smoke") else {}), **typed})
+    cfg = Config(**{**PRESETS.get(name, {}), **(SMOKE if "smoke" in typed and typed.smoke else {}), **vars(typed)})
     cfg.rounds = 1 if cfg.logs else cfg.rounds
     cfg.out = cfg.out or f"runs/{name}-{Path(cfg.logs or cfg.env.split(':')[-1]).stem}-{cfg.seed}"
     for f, flag in flags.items():
         value, zero_ok = getattr(cfg, f.name), f.default == 0 or f.name in MAY_BE_ZERO
-        most = 1 if f.name == "top_p" else sys.float_info.max
+        most = 1 if f.name in ("top_p", "lr", "weight_decay") else 10**9
         if type(f.default) in (int, float) and not (0 < value <= most or value == 0 and zero_ok):
-            wanted = ("0 or more" if zero_ok else "more than 0") + (", 1 at most" if most == 1 else "")
-            parser.error(f"{flag} is {value}: it must be {wanted}")
+            parser.error(f"{flag} is {value}: it must be {'0 or more' if zero_ok else 'more than 0'}, {most} at most")
     return cfg
 
 

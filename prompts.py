@@ -17,8 +17,7 @@ ITEM = re.compile(r"[\W\d_]*EXPERIENCE ITEM[\W\d_]*?:(.*)", re.IGNORECASE)
 
 # --- playing ----------------------------------------------------------------------------------------------
 def play_prompt(task: str, observations: list[str]) -> str:
-    """The user message of one turn: the task, then everything the game has said so far.
-    The model's own earlier replies are not in it (as in the paper), so the newest board comes last."""
+    """The user message of one turn: the task, then all that the game said so far, without replies (as in the paper)."""
     return "\n\n".join([task, *observations])
 
 
@@ -55,7 +54,7 @@ def answer(reply: str) -> str:
 
 def transcript(trajectory: dict, reasoning: bool = True) -> str:
     """A trajectory as the extractor sees it: the first prompt, then replies and what the game said to them.
-    With `reasoning` the replies are shown in full, as in the paper; without, only their answers. The outcome is not."""
+    With `reasoning` the replies are shown in full, as in the paper; without, their answers. The outcome never is."""
     parts = [trajectory["turns"][0]["prompt"]]
     for i, turn in enumerate(trajectory["turns"], 1):
         reply = turn["response"].strip() if reasoning else answer(turn["response"])
@@ -64,19 +63,16 @@ def transcript(trajectory: dict, reasoning: bool = True) -> str:
 
 
 def extraction_prompt(trajectory: dict, previous="", form="items", reasoning: bool = True) -> str:
-    """The user message that asks for the lessons of one episode.
-    `previous` is the experience so far (E_{i-1} of the paper), shown unless it is empty; `form` is "items"
-    or "free". The instructions, the same for every episode, stand first."""
-    parts = [EXTRACT, FORMS[form]]
-    if previous.strip():
-        parts += [PREVIOUS, previous.strip()]
-    return "\n\n".join([*parts, "The log:", transcript(trajectory, reasoning), "Now write the lessons."])
+    """The user message that asks for the lessons of one episode. `previous` is the experience so far (E_{i-1} of the
+    paper), `form` is "items" or "free". The instructions, the same for every episode, stand first."""
+    known = [PREVIOUS, previous.strip()] if previous.strip() else []
+    log = ["The log:", transcript(trajectory, reasoning), "Now write the lessons."]
+    return "\n\n".join([EXTRACT, FORMS[form], *known, *log])
 
 
 def parse_lessons(reply: str, form: str = "items") -> str:
-    """The lessons in an extractor's reply, a line each; "" if there are none.
-    Items are the lines that carry the marker, brought into one form. Free-form lessons are all lines of the
-    answer. The form's own placeholder is not a lesson."""
+    """The lessons in an extractor's reply, a line each; "" if there are none. Items are the lines that carry the
+    marker, brought into one form. Free-form lessons are all lines of the answer. The placeholder is no lesson."""
     if form == "free":
         lines = [line.strip() for line in answer(reply).splitlines()]
         return "\n".join(line for line in lines if line not in ("", "<think>"))
@@ -121,6 +117,8 @@ def chat_turns(messages) -> list[dict]:
     said, turns = [], []
     for i, message in enumerate(checked(messages, ("role",), "message"), 1):
         text = message_text(message, f"message {i}")
+        if sum(map(len, said)) > 1_000_000:  # each prompt repeats all that was said before
+            raise ValueError(f"message {i}: the chat is longer than a million characters; split it")
         if message["role"] == "assistant":
             turns.append({"prompt": "\n\n".join(said), "response": text, "feedback": ""})
         elif message["role"] in ("system", "developer", "user", "tool"):
@@ -157,6 +155,11 @@ def parse_jsonl(data: bytes, parse=json.loads) -> list[dict]:
     return rows
 
 
+def checked_text(text) -> str:
+    """A game's text, if it can be logged; TypeError if it is no text, UnicodeError for half a surrogate pair."""
+    return str.encode(text).decode()
+
+
 def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
     """The entries of a log, if each is an object that has text under every key."""
     if not isinstance(entries, list):
@@ -170,8 +173,8 @@ def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
 
 # --- messages as token ids --------------------------------------------------------------------------------
 def plain_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of text that is data: a chat marker in it stays text and never becomes a special token.
-    Each such marker is encoded in two pieces, its first character and the rest, which are no markers."""
+    """Token ids of text that is data: a chat marker in it never becomes a special token, because it is encoded in two
+    pieces, its first character and the rest, which are no markers."""
     markers = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
     cuts = [m.start() + 1 for m in re.finditer(f"(?={'|'.join(markers)})", text)] if markers else []
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]

@@ -597,7 +597,7 @@ assert 'envs' not in sys.modules
 """
 
 
-UNEQUAL, AHEAD = draw_prompts([1, 37, 5, 90, 2, 33, 64]), {"rows": 3, "ahead": True}
+UNEQUAL = draw_prompts([1, 37, 5, 90, 2, 33, 64])
 
 
 def assert_greedy_is_exact(model, prompt_ids, limits, **how) -> list[int]:
@@ -610,7 +610,7 @@ def assert_greedy_is_exact(model, prompt_ids, limits, **how) -> list[int]:
 
 
 # --- oel: the sampler against transformers' generate --------------------------------------------------------
-@pytest.mark.parametrize("how", [{"rows": 1}, {"rows": 3}, {"rows": 64}, AHEAD, {**AHEAD, "graphs": True}])
+@pytest.mark.parametrize("how", [{"rows": 1}, {"rows": 3}, {"rows": 64}, {"rows": 3, "graphs": True}])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
 def test_greedy_replies_are_those_of_generate(kind, how, graphs):
     """Catches: a position or a mask off by one for some row, a missing bias or norm, another row's cache."""
@@ -626,7 +626,7 @@ def test_greedy_replies_are_those_of_generate(kind, how, graphs):
     assert {reply.finish for reply in replies} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("how", [{"rows": 2}, {"rows": 2, "ahead": True, "graphs": True}])
+@pytest.mark.parametrize("how", [{"rows": 2}, {"rows": 2, "graphs": True}])
 def test_the_cache_grows_while_replies_go_on(how, graphs):
     """Catches: a larger cache for a long request that loses the live rows' contents; an outdated graph."""
     prompt_ids, limits = draw_prompts([3, 5, 300, 4, 700, 250]), [60, 20, 12, 30, 6, 12]
@@ -671,14 +671,13 @@ def test_a_graph_is_made_for_few_sizes_and_asks_nothing_of_the_device(graphs):
     """Catches: a step that waits for the GPU and cannot be captured; a graph for every number of rows."""
     model, prompt_ids = make_model(), draw_prompts([3, 9, 27, 5, 14, 2, 50, 33, 8, 21])
     how = {"top_p": 0.9, "top_k": 20, "temperature": 0.8, "stop_ids": {7}, "max_new_tokens": 40, "rows": 7}
-    found, plain = (oel.sample(model, prompt_ids, **how, **x) for x in ({"graphs": True, "ahead": True}, {}))
+    found, plain = (oel.sample(model, prompt_ids, **how, **x) for x in ({"graphs": True}, {}))
     assert [reply.ids for reply in found] == [reply.ids for reply in plain]
     assert graphs and len(set(graphs)) == len(graphs) and {n for n, _ in graphs} <= {1, 2, 4, 7}
     assert all(reach % 32 == 0 for _, reach in graphs)
 
 
-@pytest.mark.parametrize("how", [{"rows": 2}, {"rows": 2, "ahead": True}])
-def test_each_generator_gets_its_own_replies_turn_after_turn(how):
+def test_each_generator_gets_its_own_replies_turn_after_turn():
     """Catches: results out of order, or a reply sent to the generator that now has its row."""
     model, requests, lengths = make_model(), {}, [2, 40, 9, 21, 5]
 
@@ -695,7 +694,7 @@ def test_each_generator_gets_its_own_replies_turn_after_turn(how):
         yield
 
     talks = [talk(0), talk(1), silent(), *(talk(i) for i in (2, 3, 4))]
-    results = oel.drive(model, talks, stop_ids=(), temperature=0, **how)
+    results = oel.drive(model, talks, stop_ids=(), temperature=0)
     assert results.pop(2) == "no request" and [i for i, _ in results] == [0, 1, 2, 3, 4]
     for i, replies in results:
         assert replies == [plain_greedy(model, *requests[i, turn]) for turn in range(1 + i % 3)]
@@ -831,10 +830,10 @@ def test_a_model_works_or_is_refused_by_name(family, options, what):
     """Catches: an architecture that runs and samples from something that is not the model."""
     model = build(family, vocab_size=99, **options)
     if what == "refused":
-        with pytest.raises(oel.UsageError, match=f"{family}ForCausalLM"):
-            oel.check_supported(model)
+        with pytest.raises(oel.UsageError, match=f"{model.config.model_type} with.* is not supported"):
+            oel.check_supported(model.config)
     else:
-        oel.check_supported(model)
+        oel.check_supported(model.config)
         assert_greedy_is_exact(model, [[5, 6, 7, 8, 9, 10, 11], [12]], [9, 9])
 
 
@@ -1164,9 +1163,9 @@ def test_a_loss_that_is_not_finite_changes_no_weight(policy, monkeypatch, poison
 
 
 def test_weights_that_are_not_finite_end_the_run(policy):
-    """Catches: a learning rate so large that the next checkpoint holds no numbers."""
-    with pytest.raises(FloatingPointError, match="weight is not finite.*--lr"):
-        consolidated(policy, small(lr=1e308))
+    """Catches: steps so large that the next checkpoint holds no numbers. AdamW's are of about the learning rate."""
+    consolidated(policy, small(lr=1.0))  # the largest that the command line takes
+    assert all(weight.isfinite().all() for weight in policy.master)
 
 
 def test_a_state_continues_where_it_was_saved(folder, tmp_path):
@@ -1348,7 +1347,8 @@ WRONG = {  # what the message names -> options
     "items": ["--form poem"],
     "--rounds": ["--rounds -1"],
     "--steps": ["--steps 0", "--steps many"],
-    "--lr": ["--lr -0.1", "--lr nan"],
+    "--lr": ["--lr -0.1", "--lr nan", "--lr 1e308"],
+    "--rows": ["--rows 9999999999"],
     "--temperature": ["--temperature 0"],
     "--top-p": ["--top-p 1.5"],
     "--device": ["--device abacus", "--device cpu:abc"],
@@ -1455,7 +1455,7 @@ BAD_POLICIES = [
     ("pickled", save_pickled, "pickled"),
     ("mute", lambda folder: [file.unlink() for file in folder.glob("token*")], "mute"),
     ("torn", lambda folder: os.truncate(folder / "model.safetensors", 99_999), "torn"),
-    ("window", lambda folder: build("Mistral", **WINDOW).save_pretrained(folder), "MistralForCausalLM"),
+    ("window", lambda folder: build("Mistral", **WINDOW).save_pretrained(folder), "mistral with sliding window"),
     ("holes", lambda folder: drop_tensor(folder, "model.norm.weight"), r"lack.*model\.norm\.weight"),
     ("endless", lambda folder: forget_stops(folder), "stop token"),
     ("odd", lambda folder: (folder / "chat_template.jinja").write_text("{{ messages.who.knows }}"), "odd"),
@@ -1592,7 +1592,7 @@ def test_ones_own_logs_need_no_environment(folder, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     with (tmp_path / "logs.jsonl").open("a") as file:  # lessons of old logs would be trained on new prompts
         file.write(json.dumps({"turns": [TURN]}) + "\n")
-    assert "has changed" in python("oel.py", *argv).stderr
+    assert "logs.jsonl was" in python("oel.py", *argv).stderr
     steps = rows_of(run / "steps.jsonl")
     assert [step["replies"] for step in steps] == [6, 6] and all(step["loss"] > 0 for step in steps)
     assert sorted(files_in(run / "round1/experience")) == ["00.txt", "01.txt"]
@@ -1686,7 +1686,8 @@ def test_one_whole_round(tmp_path, capsys, monkeypatch):
     oel.main(arguments(cfg))
     text = capsys.readouterr().out
     assert "pass rate" in text and f"{cfg.lr}" in text, "the settings in force, and the table"
-    assert json.loads((out / "config.json").read_text()) == dataclasses.asdict(cfg)
+    config = json.loads((out / "config.json").read_text())
+    assert dataclasses.asdict(cfg).items() <= config.items() and len(config) == len(dataclasses.asdict(cfg)) + 1
     rows, steps = rows_of(out / "metrics.jsonl"), rows_of(out / "steps.jsonl")
     assert [(row["round"], row["step"]) for row in rows] == [(0, 0), (1, 1), (1, 2)]
     for row in rows:
@@ -1860,9 +1861,9 @@ def test_the_teacher_reads_logs_or_nothing(folder, tmp_path, monkeypatch):
         kept = max(n for n in (1, 2, 3) if text == "\n\n".join(part[3 - n :]))
         assert kept == 3 or count("\n\n".join(part[2 - kept :])) > 900
     metrics = oel.run(none)
-    assert not list((tmp_path / "none/round1/experience").iterdir())
+    assert not (tmp_path / "none/round1/experience").exists()
     assert abs(rows_of(tmp_path / "none/steps.jsonl")[0]["loss"]) < 1e-9
-    assert metrics[1]["in_context_pass_rate"] is not None
+    assert metrics[1]["in_context_pass_rate"] is None, "nothing is in context"
     with pytest.raises(oel.UsageError, match="no lesson"):
         oel.run(dataclasses.replace(raw, experience_budget=10, out=str(tmp_path / "little")))
 

@@ -84,9 +84,7 @@ def lockstep(model, generators, stop_ids, size):
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             for row, i in enumerate(batch):  # padding on the left
                 ids[row, width - len(requests[i].prompt_ids) :] = torch.tensor(requests[i].prompt_ids)
-            seen = torch.arange(width)[None] >= width - torch.tensor(
-                [[len(requests[i].prompt_ids)] for i in batch]
-            )
+            seen = torch.arange(width)[None] >= width - torch.tensor([[len(requests[i].prompt_ids)] for i in batch])
             found = model.generate(ids.to(model.device), attention_mask=seen.long().to(model.device), **settings,
                                    generation_config=GenerationConfig(), max_new_tokens=max(limits),
                                    stopping_criteria=StoppingCriteriaList([Limits(width, limits, model.device)]))  # fmt: skip
@@ -113,9 +111,7 @@ def continuous(model, generators, stop_ids, size):
         except StopIteration as stop:
             results[i] = stop.value
         else:
-            name = manager.add_request(
-                request.prompt_ids, max_new_tokens=request.max_new_tokens, eos_token_id=ends
-            )
+            name = manager.add_request(request.prompt_ids, max_new_tokens=request.max_new_tokens, eos_token_id=ends)
             waiting[name] = i
 
     options = {"generation_config": config, "continuous_batching_config": how, "block": True, "timeout": 5}
@@ -181,9 +177,7 @@ def mixed(device):
     requests = []
     for _ in range(n):
         limit = round(low * (high / low) ** (rng.random() ** 1.5))
-        requests.append(
-            oel.Request([rng.randrange(1000, 150_000) for _ in range(rng.randint(100, 600))], limit)
-        )
+        requests.append(oel.Request([rng.randrange(1000, 150_000) for _ in range(rng.randint(100, 600))], limit))
     return model, frozenset(), asking(requests)
 
 
@@ -196,9 +190,7 @@ def experience(device):
         policy = oel.load_policy(str(oel.TINY), device)
         model, ids = policy.model, range(256)
     told = [rng.choice(ids) for _ in range(2048)]
-    requests = [
-        oel.Request(told + [rng.choice(ids) for _ in range(64)], rng.randint(16, 64)) for _ in range(64)
-    ]
+    requests = [oel.Request(told + [rng.choice(ids) for _ in range(64)], rng.randint(16, 64)) for _ in range(64)]
     return model, frozenset(), asking(requests)
 
 
@@ -292,11 +284,7 @@ def compare(name: str, device, repeats: int) -> None:
         for label, contestant in contestants.items():
             runs.setdefault(label, []).append(timed(contestant, model, stop_ids, make, sizes[label]))
     same = [label for label in runs if runs[label][0][3] == runs["oel"][0][3]]
-    print(
-        f"the same texts as oel: {', '.join(same)}"
-        if model.dtype == torch.float32
-        else "bf16: texts not compared"
-    )
+    print(f"the same texts as oel: {', '.join(same)}" if model.dtype == torch.float32 else "bf16: texts not compared")
     print(
         "| | rows | seconds | tokens | tokens/s | peak memory | speed of oel over it |\n|---|---|---|---|---|---|---|"
     )

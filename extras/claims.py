@@ -11,6 +11,7 @@ assets/claims.svg the figure (which needs matplotlib). No run is left out, and n
 import argparse
 import concurrent.futures
 import csv
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -31,11 +32,7 @@ GAMES = ("frozenlake", "sokoban")
 RUNS = {  # name of a setting -> options of oel.py
     **{f"{game}-thinking": ["--env", game] for game in GAMES},
     **{f"{game}-no-thinking": ["--env", game, "--no-thinking"] for game in GAMES},
-    **{
-        f"{game}-{c}": ["--env", game, "--context", c, "--rounds", "1"]
-        for game in GAMES
-        for c in ("raw", "none")
-    },
+    **{f"{game}-{c}": ["--env", game, "--context", c, "--rounds", "1"] for game in GAMES for c in ("raw", "none")},
     **{
         way: [
             "--env",
@@ -93,9 +90,15 @@ def ends(folder: Path) -> list[dict]:
     return [row for row in oel.read_jsonl(folder / "metrics.jsonl") if row["step"] in (0, cfg["steps"])]
 
 
+def settings(folder: Path) -> oel.Config:
+    """The options of a run; its config.json also holds checksums of files."""
+    config = json.loads((folder / "config.json").read_text())
+    return oel.Config(**{f.name: config[f.name] for f in dataclasses.fields(oel.Config) if f.name in config})
+
+
 def accumulation(folder: Path) -> list[tuple]:
     """In-context pass rate after the lessons of k episodes in every list, before anything is learned."""
-    cfg = oel.Config(**json.loads((folder / "config.json").read_text()))
+    cfg = settings(folder)
     policy = oel.load_policy(cfg.model, oel.find_device(cfg.device), cfg.thinking)
     phase = oel.phases(cfg, 1)
     most = EPISODES[-1] if cfg.rounds > 1 else 4
@@ -116,7 +119,7 @@ def accumulation(folder: Path) -> list[tuple]:
 
 def counterfactual(folder: Path) -> list[tuple]:
     """Told that H is the goal and G a hole, where that is so: how often the first and the last policy win."""
-    cfg = oel.Config(**json.loads((folder / "config.json").read_text()))
+    cfg = settings(folder)
     found = []
     for r, source in ((0, cfg.model), (cfg.rounds, str(folder / f"round{cfg.rounds}/model"))):
         policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
@@ -125,9 +128,7 @@ def counterfactual(folder: Path) -> list[tuple]:
         levels = level_seeds("held_out", len(games))
         episodes = [oel.episode(policy, g, x, str(x), cfg.reply_limit, told) for g, x in zip(games, levels)]
         how = oel.sampling(policy, cfg, oel.phases(cfg, r)["evaluation"], "counterfactual")
-        found.append(
-            (r, 0, "counterfactual_pass_rate", oel.pass_rate(oel.drive(policy.model, episodes, **how)))
-        )
+        found.append((r, 0, "counterfactual_pass_rate", oel.pass_rate(oel.drive(policy.model, episodes, **how))))
     return found
 
 
@@ -172,9 +173,7 @@ class Numbers:
     def __init__(self, rows: list[dict]):
         self.rows = rows
 
-    def values(
-        self, setting: str, metric: str, round: int | None = None, step: int | None = None
-    ) -> list[float]:
+    def values(self, setting: str, metric: str, round: int | None = None, step: int | None = None) -> list[float]:
         wanted = {"setting": setting, "metric": metric, "round": round, "step": step}
         wanted = {key: value for key, value in wanted.items() if value is not None}
         return [row["value"] for row in self.rows if all(row[key] == value for key, value in wanted.items())]
@@ -327,12 +326,9 @@ def forgetting(n: Numbers) -> tuple[str, str]:
             values = {m: {row["step"]: row["value"] for row in rows if row["metric"] == m}
                       for m in ("pass_rate", "forgetting_pass_rate")}  # fmt: skip
             curves[way] = [
-                (values["pass_rate"][s], values["forgetting_pass_rate"][s])
-                for s in sorted(values["pass_rate"])
+                (values["pass_rate"][s], values["forgetting_pass_rate"][s]) for s in sorted(values["pass_rate"])
             ]
-        levels.append(
-            min(max(rate for rate, _ in curve) for curve in curves.values())
-        )  # that both of them reach
+        levels.append(min(max(rate for rate, _ in curve) for curve in curves.values()))  # that both of them reach
         for way, curve in curves.items():
             equal.setdefault(way, []).append(at_level(curve, levels[-1]))
             end.setdefault(way, []).append(curve[-1])
@@ -366,9 +362,7 @@ def draw(n: Numbers, path: Path) -> None:
             low, high = ([f(n.values(name, metric, r)) for r in rounds] for f in (min, max))
             scale = scale or means[0]
             panel.plot(rounds, [x / scale for x in means], f"C{i}o-", markersize=3, label=name)
-            panel.fill_between(
-                rounds, [x / scale for x in low], [x / scale for x in high], color=f"C{i}", alpha=0.15
-            )
+            panel.fill_between(rounds, [x / scale for x in low], [x / scale for x in high], color=f"C{i}", alpha=0.15)
     rates.set(title="pass rate by round", xticks=rounds, ylim=(-0.03, 1.03))
     lengths.set(title="reply tokens, relative to round 0", xticks=rounds)
     rates.legend(frameon=False, fontsize=7)
@@ -379,9 +373,7 @@ def draw(n: Numbers, path: Path) -> None:
         for j, metric in enumerate(("in_context_pass_rate", "pass_rate")):
             where = places[-1] + 0.4 * j - 0.2
             contexts.bar(where, n.mean(name, metric, 1) or 0, 0.4, color=f"C{j}", alpha=0.7)
-            contexts.plot(
-                [where] * len(n.values(name, metric, 1)), n.values(name, metric, 1), "k.", markersize=3
-            )
+            contexts.plot([where] * len(n.values(name, metric, 1)), n.values(name, metric, 1), "k.", markersize=3)
     contexts.set(title="round 1: in context (left), consolidated", ylim=(0, 1.03))
     contexts.set_xticks(places, labels, rotation=30, ha="right")
     for i, way in enumerate(("on-policy", "off-policy")):
@@ -399,9 +391,7 @@ def draw(n: Numbers, path: Path) -> None:
     for i, game in enumerate(GAMES):
         means = [n.mean(f"{game}-thinking", f"in_context_after_{k}_episodes") for k in EPISODES]
         accumulates.plot(EPISODES, means, f"C{2 * i}o-", markersize=3, label=game)
-    accumulates.set(
-        title="in context after k episodes' lessons", xlabel="k", xticks=EPISODES, ylim=(-0.03, 1.03)
-    )
+    accumulates.set(title="in context after k episodes' lessons", xlabel="k", xticks=EPISODES, ylim=(-0.03, 1.03))
     accumulates.legend(frameon=False)
     for i, name in enumerate(f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")):
         gains = [n.values(name, f"{kind}_gain") for kind in ("in_context", "consolidated")]
@@ -416,15 +406,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed and one short round of each setting")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N of every setting [3]")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time [all cores]"
-    )
-    parser.add_argument(
-        "--extractor", default="", help="another policy, whose lessons are compared with one's own"
-    )
-    parser.add_argument(
-        "--assets", type=Path, default=HERE.parent / "assets", help="where table and figure go"
-    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time [all cores]")
+    parser.add_argument("--extractor", default="", help="another policy, whose lessons are compared with one's own")
+    parser.add_argument("--assets", type=Path, default=HERE.parent / "assets", help="where table and figure go")
     args = parser.parse_args()
     root = HERE.parent / "runs" / ("claims-quick" if args.quick else "claims")
     seeds = [1] if args.quick else list(range(1, args.seeds + 1))

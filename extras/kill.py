@@ -111,9 +111,7 @@ def main() -> None:
                 how = how if run.returncode else None
                 if how == signal.SIGINT and "goes on from" not in errors and "Traceback" in errors:
                     print(f"run {i}: Ctrl-C was not answered: {errors.splitlines()[-1]}")
-                print(
-                    f"run {i}: {how.name if how else 'over'} after {moment:.1f} s, {phase(out)}", flush=True
-                )
+                print(f"run {i}: {how.name if how else 'over'} after {moment:.1f} s, {phase(out)}", flush=True)
             finish(out)
             theirs, ours = content(whole), content(out)
             wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))

@@ -24,9 +24,7 @@ SCALE = 32  # over the rank: so the same learning rate suits several
 
 @dataclasses.dataclass
 class Config(oel.Config):
-    lora: int = oel.option(
-        32, "rank of the adapters; their --lr wants to be about ten times that of whole weights"
-    )
+    lora: int = oel.option(32, "rank of the adapters; their --lr wants to be about ten times that of whole weights")
 
 
 class LowRank(oel.Policy):

@@ -326,9 +326,7 @@ def test_every_interval_is_of_the_games_that_were_played():
     run = report.Run(Path("run"), {"steps": 4, "rounds": 1, **games}, [row], [], {}, {})
     page = report.results(run)
     wide, narrow = (" to ".join(map(report.percent, report.wilson(0.5, n))) for n in (10, 100))
-    assert page.count(f"50% ({wide})") == 3 * page.count(f"50% ({narrow})") > 0, (
-        "three rates are of the probes"
-    )
+    assert page.count(f"50% ({wide})") == 3 * page.count(f"50% ({narrow})") > 0, "three rates are of the probes"
 
 
 def test_the_page_says_that_a_lake_has_few_boards():

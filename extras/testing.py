@@ -4,8 +4,10 @@ A test module names this file as its plugin, so that all modules share the fixtu
 functions are imported too, and it has no tests.)
 """
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import random
 import re
@@ -294,9 +296,7 @@ def consolidated(policy, cfg, experiences=LESSONS, played=None, state=None, stop
         if step == stop_at:
             raise KeyboardInterrupt
 
-    oel.consolidate(
-        policy, cfg, played or logs(), experiences, oel.Phase([], 0, nucleus=False), state, on_step
-    )
+    oel.consolidate(policy, cfg, played or logs(), experiences, oel.Phase([], 0, nucleus=False), state, on_step)
     return rows
 
 
@@ -353,11 +353,6 @@ def graphs(monkeypatch):
     made = []
 
     class Graph:
-        def __init__(self, step, sizes, pool):
-            assert (pool is None) == (not made), "graphs share the memory of the first"
-            self.step, self.sizes = step, sizes
-            made.append(sizes)
-
         def pool(self):
             return "pool"
 
@@ -365,7 +360,21 @@ def graphs(monkeypatch):
             with Watch():
                 self.step(*self.sizes)
 
-    monkeypatch.setattr(oel, "capture", Graph)
+    @contextlib.contextmanager
+    def record(graph, pool):  # nothing runs while a graph is captured
+        assert (pool is None) == (not made), "graphs share the memory of the first"
+        step = oel.Sampler.decode_pass
+
+        def note(sampler, *sizes):
+            graph.step, graph.sizes = functools.partial(step, sampler), sizes
+            made.append(sizes)
+
+        with monkeypatch.context() as during:
+            during.setattr(oel.Sampler, "decode_pass", note)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
     return made
 
 

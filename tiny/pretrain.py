@@ -245,9 +245,7 @@ def export(model, tokenizer, folder: Path, scratch: Path) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     settings = json.loads((scratch / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = (
-        "PreTrainedTokenizerFast"  # the name that every version of the library knows
-    )
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of the library knows
     settings = {key: value for key, value in settings.items() if "local" not in key}
     (scratch / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
@@ -410,9 +408,7 @@ def report(folder: Path) -> None:
     """What the policy can do with what it is told: 128 held-out maps a figure, sampled as SAMPLING says."""
     policy, n = oel.load_policy(str(folder), oel.find_device()), 128
     print(f"{n} held-out maps a figure, {SAMPLING}")
-    print(
-        "| pass rate, tokens a reply | no experience | true lessons | false lessons | raw log | new wordings |"
-    )
+    print("| pass rate, tokens a reply | no experience | true lessons | false lessons | raw log | new wordings |")
     print("|---|---|---|---|---|---|")
     for name, make, false in [
         ("FrozenLake 3x3", FrozenLake, FrozenLake(hole="G", goal="H")),
@@ -420,9 +416,7 @@ def report(folder: Path) -> None:
         ("Sokoban", Sokoban, Sokoban(box="O", target="X")),
     ]:
         letters = {thing: getattr(make(), thing) for thing, _ in make().things}
-        new = [
-            [teach.HELD_OUT_SENTENCES[thing][i].format(x=x) for thing, x in letters.items()] for i in range(3)
-        ]
+        new = [[teach.HELD_OUT_SENTENCES[thing][i].format(x=x) for thing, x in letters.items()] for i in range(3)]
         for policy.thinking in (True, False):
             cells = []
             for told in [
@@ -444,9 +438,7 @@ def report(folder: Path) -> None:
             renamed = [game.renamed(seed) for seed in range(n)]
             moves, (true, total) = optimal_first_moves(policy, renamed), true_lessons(policy, renamed)
             thinking = "thinking" if policy.thinking else "no thinking"
-            print(
-                f"| {game.__name__}, {thinking} | {moves:.1%} | {true / max(1, total):.1%} ({true} of {total}) |"
-            )
+            print(f"| {game.__name__}, {thinking} | {moves:.1%} | {true / max(1, total):.1%} ({true} of {total}) |")
 
 
 def main() -> None:
@@ -460,9 +452,7 @@ def main() -> None:
     if args.report:
         report(args.out)
     elif args.layers != 6 and args.out == HERE:
-        parser.error(
-            "a policy of another size would replace the embedded one: give it a folder with --run and --out"
-        )
+        parser.error("a policy of another size would replace the embedded one: give it a folder with --run and --out")
     else:
         train(args.steps, args.layers, args.run, args.out)
 
