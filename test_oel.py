@@ -1538,10 +1538,7 @@ BAD_LOGS = [
     ({"messages": TALK[:2]}, "no turn"),
     ({"messages": [*TALK, {"role": "assistant"}]}, "message 7"),
     ({"messages": [*TALK, {"role": "critic", "content": "x"}]}, "'critic'"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-        "message 1 has no",
-    ),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "message 1 has no"),
     ({"turns": [{**TURN, "response": "half a pair: \ud800"}]}, "surrogates"),
     (b'{"turns": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
 ]
@@ -1556,10 +1553,7 @@ def test_a_chat_is_a_trajectory():
     assert log["id"] == "7" and prompts.parse_log(json.dumps(log)) == log
     call = {"function": {"name": "look", "arguments": '{"door": 2}'}}
     talk = [{"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}]
-    talk += [
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "daylight"},
-    ]
+    talk += [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "daylight"}]
     (turn,) = prompts.parse_log(json.dumps({"messages": talk}))["turns"]
     assert turn == {"prompt": "A\nB", "response": json.dumps(call), "feedback": "daylight"}
 

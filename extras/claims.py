@@ -34,18 +34,7 @@ RUNS = {  # name of a setting -> options of oel.py
     **{f"{game}-no-thinking": ["--env", game, "--no-thinking"] for game in GAMES},
     **{f"{game}-{c}": ["--env", game, "--context", c, "--rounds", "1"] for game in GAMES for c in ("raw", "none")},
     **{
-        way: [
-            "--env",
-            "sokoban",
-            "--distill",
-            way,
-            "--rounds",
-            "1",
-            "--probe-games",
-            "512",
-            "--eval-every",
-            "3",
-        ]
+        way: ["--env", "sokoban", "--distill", way, "--rounds", "1", "--probe-games", "512", "--eval-every", "3"]
         for way in ("on-policy", "off-policy")
     },
     **{f"{game}-others-lessons": ["--env", game, "--rounds", "1"] for game in GAMES},  # and --extractor
@@ -265,11 +254,7 @@ def table(n: Numbers) -> str:
                 "Own lessons beat a bigger model's, in context",
                 "23.8% against 18.0% (Frozen Lake)",
             ),
-            (
-                "pass_rate",
-                "Own lessons beat a bigger model's, consolidated",
-                "31.1% against 22.7% (Frozen Lake)",
-            ),
+            ("pass_rate", "Own lessons beat a bigger model's, consolidated", "31.1% against 22.7% (Frozen Lake)"),
         ]:
             add(claim, f"{game}, round 1", paper, f"{n.shown(own, metric, 1)} against {n.shown(other, metric, 1)}",
                 compared(n.values(own, metric, 1), n.values(other, metric, 1)))  # fmt: skip
@@ -281,10 +266,7 @@ def table(n: Numbers) -> str:
         flat = next((k for k, rate in zip(measured, curve, strict=True) if rate > max(curve) - 0.01), None)
         add("Accumulation saturates: in context after k episodes", f"{game}, round 1", "rises, then levels off", shown,
             f"yes, from {flat} on" if flat and 1 < flat < measured[-1] else "no: flat" if flat == 1 else "no")  # fmt: skip
-    papers = {
-        "frozenlake-thinking": "31.1% from 23.8% in context",
-        "sokoban-thinking": "21.4% from 18.2% in context",
-    }
+    papers = {"frozenlake-thinking": "31.1% from 23.8% in context", "sokoban-thinking": "21.4% from 18.2% in context"}
     for name in modes:
         found = [n.values(name, "internalised", r) for r in n.rounds(name)[1:]]
         inside = [

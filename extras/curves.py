@@ -118,11 +118,7 @@ def draw(runs: list[list[dict]], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "oel", "font.size": 9, "axes.spines.top": False})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     rounds = [row["round"] for row in runs[0]]
-    series = [
-        (left, "pass_rate", "C0-"),
-        (left, "in_context_pass_rate", "C1--"),
-        (left, "unseen_pass_rate", "C2:"),
-    ]
+    series = [(left, "pass_rate", "C0-"), (left, "in_context_pass_rate", "C1--"), (left, "unseen_pass_rate", "C2:")]
     for axes, key, style in [*series, (right, "reply_tokens", "C0-")]:
         if any(row[key] is None for run in runs for row in run[1:]):
             continue

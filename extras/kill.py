@@ -90,10 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         loaded, seconds = finish(whole)
-        print(
-            f"undisturbed: {seconds:.1f} s, {loaded:.1f} of them loading; {len(content(whole))} files",
-            flush=True,
-        )
+        print(f"undisturbed: {seconds:.1f} s, {loaded:.1f} of them loading; {len(content(whole))} files", flush=True)
         for i in itertools.count():
             if kills >= args.kills:
                 break

@@ -135,10 +135,7 @@ def test_adapters_learn_and_the_weights_wait(folder, tmp_path, dtype):
     import lora
 
     policy = lora.load_policy(oel.load_policy, 4, folder, torch.device("cpu"), dtype=dtype)
-    ids, near = (
-        {"input_ids": torch.tensor([policy.encode("You see\n#P G#")])},
-        1e-5 if dtype == "float32" else 0.05,
-    )
+    ids, near = ({"input_ids": torch.tensor([policy.encode("You see\n#P G#")])}, 1e-5 if dtype == "float32" else 0.05)
     assert {p.dtype for p in policy.master} == {torch.float32}, "small steps would be lost"
     exact = {name: weight.detach().clone() for name, weight in policy.weights.items()}
     plain = load(folder, dtype=dtype).model

@@ -28,11 +28,7 @@ from envs import LETTERS, MOVES, FrozenLake, GridGame, Sokoban
 from prompts import as_items, extraction_prompt, play_prompt, transcript, with_experience
 
 Cell = tuple[int, int]
-LAKE_ROLES = {
-    "hole": 0.4,
-    "goal": 0.4,
-    "harmless": 0.2,
-}  # what a letter may be, and how often a guess says so
+LAKE_ROLES = {"hole": 0.4, "goal": 0.4, "harmless": 0.2}  # what a letter may be, and how often a guess says so
 ROOM_ROLES = {"hole": 0.25, "goal": 0.2, "harmless": 0.15, "box": 0.2, "target": 0.2}
 
 
@@ -339,10 +335,7 @@ EDGE = [
     "There is nothing beyond the edge of the board: such moves are not valid.",
     "Moves off the board are not valid and cost turns.",
 ]
-WALL = [
-    "# is a wall. Nothing moves onto #.",
-    "Moves into walls are not valid and cost turns.",
-]
+WALL = ["# is a wall. Nothing moves onto #.", "Moves into walls are not valid and cost turns."]
 WALK = ["The letters are worth walking to before the turns run out."]
 ACT = ["Every reply needs one action in square brackets."]
 
