@@ -76,8 +76,7 @@ def parse_lessons(reply: str, form: str = "items") -> str:
     if form == "free":
         lines = [line.strip() for line in answer(reply).splitlines()]
         return "\n".join(line for line in lines if line not in ("", "<think>"))
-    found = [ITEM.match(line) for line in answer(reply).splitlines()]
-    items = [item[1].strip(" \t*_`") for item in found if item]
+    items = [item[1].strip(" \t*_`") for line in answer(reply).splitlines() if (item := ITEM.match(line))]
     return as_items([item for item in items if item and "<lesson>" not in item])
 
 
@@ -156,8 +155,9 @@ def parse_jsonl(data: bytes, parse=json.loads) -> list[dict]:
 
 
 def checked_text(text) -> str:
-    """A game's text, if it can be logged; TypeError if it is no text, UnicodeError for half a surrogate pair."""
-    return str.encode(text).decode()
+    """A game's text, if it can be logged; AssertionError if it is no text, UnicodeError for half a surrogate pair."""
+    assert isinstance(text, str), f"{text!r} is not text"
+    return text.encode().decode()
 
 
 def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
