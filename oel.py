@@ -106,6 +106,7 @@ class Config:
     eval_every: int = option(0, "also evaluate after every so many steps; 0: after rounds only")
     rows: int = option(0, "replies sampled at the same time, as far as memory holds them; 0: at most 256")
     dtype: str = option("", "dtype of the model (default: bfloat16 on CUDA)", ("bfloat16", "float32"))
+    offload: bool = option(False, "keep float32 weights and AdamW's state in main memory, not on the GPU")
     graphs: bool = option(False, "on CUDA, replay decode steps as graphs (not tried on a GPU yet)")
 
 
@@ -150,9 +151,9 @@ def run(cfg: Config) -> list[dict]:
     own, lessons, settings = check_inputs(cfg, out)
     with FileLock(f"{out}.lock", blocking=False):  # TimeoutError if another run holds it
         done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
-        policy = load_policy(str(out / f"round{done}/model") if done else cfg.model, device, cfg.thinking, cfg.dtype)
-        rows = read_jsonl(out / "metrics.jsonl")
-        require(cfg.logs or len(rows) >= done, f"{out}/metrics.jsonl lacks rounds: choose another --out")
+        how = cfg.thinking, cfg.dtype, cfg.offload
+        policy = load_policy(str(out / f"round{done}/model") if done else cfg.model, device, *how)
+        require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
         known = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]
         check_fits(policy.model, max(cfg.experience_budget, *(len(policy.encode(x)) for x in known)), cfg.reply_limit)
         with atomic(out / "config.json") as part:
@@ -308,7 +309,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8").strip()]
     if cfg.extractor:
-        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype)
+        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=True)
     size = math.ceil(len(trajectories) / cfg.lists)  # phases repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
@@ -340,8 +341,9 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
     """Distil the experience lists into the policy's weights, on-policy (Eq. 2); None is a control without any.
     A step answers every prompt of the next `cfg.batch_episodes` logged trajectories once and updates once. `state`
     is a path to resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
-    teacher = policy.frozen()  # before a saved state is loaded: the policy with which the round began
-    optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay)
+    teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()  # the policy with which the round began
+    how = {"eps": cfg.adam_eps, "weight_decay": cfg.weight_decay, "fused": policy.model.device.type == "cuda" or None}
+    optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), **how)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
     if cfg.checkpointing:
         new = getattr(policy.model, "activation_checkpointing_enable", None)  # its name in newer transformers
@@ -403,10 +405,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         whole = len(batch) == 1 or teacher_ids == prompt_ids
         prefix = 0 if whole else prompts.common_prefix([x[:-1] for x in teacher_ids])  # the last id predicts
         with torch.no_grad():
-            teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
+            teacher_hidden, _ = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
-        hidden, targets = response_hidden(student, prompt_ids, response_ids)
-        assert torch.equal(targets, teacher_targets), "student and teacher must score the same response ids"
+        hidden, _ = response_hidden(student, prompt_ids, response_ids)
         # 3. Eq. 2, from the hidden states and the heads (V, D) without the rows that the tokenizer never uses.
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]
         kl, hidden_grad, head_grad = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, **how)
@@ -432,8 +433,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
     head_grad = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
-    # The full (N, V) logits never exist. Chunks of n positions reuse three (n, V) buffers, because on a CPU new
-    # ones take as long as filling them. One after the other, they hold:
+    # The (N, V) logits never exist at once. Chunks of n positions reuse three (n, V) buffers, which hold in turn:
     #     a: logits, d, gradient by the logits     b: log p, p     c: log q, then q (forward) or p * d (reverse)
     buffers = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
     for start in range(0, len(hs), chunk):
@@ -536,13 +536,10 @@ class Policy:
     def count_tokens(self, text: str) -> int:
         return len(prompts.plain_ids(self.tokenizer, text))
 
-    def frozen(self):  # the teacher of a round
-        return copy.deepcopy(self.model).requires_grad_(False).eval()
-
     def add_grads_to_master(self) -> None:  # the gradients of bf16 weights, which are summed in float32
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.grad is not None:
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                master.grad = p.grad.to(master) if master.grad is None else master.grad.add_(p.grad.to(master))
                 p.grad = None
 
     def copy_master(self) -> None:  # brings the model up to date
@@ -550,8 +547,8 @@ class Policy:
             p.data.copy_(master)
 
 
-def load_policy(source: str, device: torch.device, thinking: bool = True, dtype: str = "") -> Policy:
-    """Load a policy from a hub name or a folder: safetensors only, no remote code. `dtype` is --dtype."""
+def load_policy(source: str, device: torch.device, thinking=True, dtype="", offload=False) -> Policy:
+    """Load a policy from a hub name or a folder: safetensors only, no remote code. Options as in Config."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
@@ -566,11 +563,14 @@ def load_policy(source: str, device: torch.device, thinking: bool = True, dtype:
         require(stops and tokenizer.encode("OEL", add_special_tokens=False), "no stop token or no vocabulary")
     except Exception as error:  # noqa: BLE001 (whatever is wrong with the files)
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
-    master = list(model.eval().to(device).parameters())
-    if (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":
-        master = [p.detach() for p in master]
-        for p in model.parameters():  # not model.to(bf16), which would also round the rotary frequencies
-            p.data = p.data.to(torch.bfloat16)
+    master = params = list(model.eval().parameters())
+    half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
+    if half or offload:
+        master = [p.detach() if offload else p.detach().to(device) for p in params]
+        for p in params:  # not model.to(bf16), which would also round the rotary frequencies
+            p.data = p.data.to(torch.bfloat16 if half else p.dtype)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape, and most of ours are new
+    model.to(device)
     return Policy(model, tokenizer, master, frozenset(stops), vocab_size, thinking)
 
 

@@ -1168,6 +1168,15 @@ def test_weights_that_are_not_finite_end_the_run(policy):
     assert all(weight.isfinite().all() for weight in policy.master)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_main_memory_learn_the_same(folder, dtype):
+    """Catches: --offload that steps on other numbers, or that leaves the model behind its weights."""
+    plain, apart = (load(folder, dtype=dtype, offload=offload) for offload in (False, True))
+    assert consolidated(plain, small())[-1]["loss"] == consolidated(apart, small())[-1]["loss"]
+    for a, b, p in zip(plain.master, apart.master, apart.model.parameters(), strict=True):
+        assert torch.equal(a, b) and b is not p and b.dtype == torch.float32 and torch.equal(p, b.to(p))
+
+
 def test_a_state_continues_where_it_was_saved(folder, tmp_path):
     """Catches: optimizer moments, a step or weights not restored; a teacher of the wrong moment."""
     cfg, path = small(steps=4, save_every=2, reply_limit=4), tmp_path / "state" / "step.pt"

@@ -84,7 +84,7 @@ def forgetting(runs: dict[Path, dict], n: int) -> str:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import oel
 
-    known = {f.name for f in dataclasses.fields(oel.Config)}  # a run of lora.py has one setting more
+    known = {f.name for f in dataclasses.fields(oel.Config)}  # the rest are checksums
     configs = {
         folder: oel.Config(**{name: value for name, value in config.items() if name in known})
         for folder, config in runs.items()

@@ -39,7 +39,7 @@ def read_run(folder: Path) -> tuple[oel.Config, list[dict], list[Path]]:
     """Settings, lost episodes of round 1 and models of a run. UsageError if one of them is missing."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        names = {f.name for f in dataclasses.fields(oel.Config)} & set(config)  # lora.py has one more setting
+        names = {f.name for f in dataclasses.fields(oel.Config)} & set(config)  # the rest are checksums
         cfg = oel.Config(**{name: config[name] for name in names})
     except (OSError, ValueError, TypeError) as error:
         raise oel.UsageError(f"{folder}/config.json: {error}; name the folder of a run") from None

@@ -73,8 +73,9 @@ def share_distill(distill):
 class SharedAdamW(ZeroRedundancyOptimizer):
     """AdamW whose state is spread over the processes; the first one gathers it to save it."""
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adamw=torch.optim.AdamW):
-        super().__init__(params, adamw, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    def __init__(self, params, lr, betas, eps, weight_decay, fused=None, adamw=torch.optim.AdamW):
+        how = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
+        super().__init__(params, adamw, **how)
 
     def state_dict(self) -> dict:
         self.consolidate_state_dict(to=0)
@@ -96,7 +97,7 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # some have nothing to do while others write lessons, and wait
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
     oel.drive, oel.distill = share_drive(oel.drive), share_distill(oel.distill)
     torch.optim.AdamW = SharedAdamW
     with tempfile.TemporaryDirectory() as scratch:

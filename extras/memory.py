@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oel
 
 
-def parts(cfg, lora: int, half: bool) -> dict[str, float]:
+def parts(cfg, half: bool) -> dict[str, float]:
     """Bytes by what they are for."""
     try:
         config = AutoConfig.from_pretrained(cfg.model)
@@ -29,9 +29,9 @@ def parts(cfg, lora: int, half: bool) -> dict[str, float]:
     n, size = sum(p.numel() for p in model.parameters()), 2 if half else 4
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    adapters = sum(lora * (m.in_features + m.out_features) for m in linear)
-    # student, teacher, in half precision the masters and their gradients too; gradient and AdamW's two moments
-    weights = n * size + adapters * 16 if lora else n * (22 if half else 20)
+    # student, teacher and a gradient; without --offload also AdamW's two moments, and for half precision the masters
+    # and the sum of their gradients
+    weights = n * (3 * size + (0 if cfg.offload else 16 if half else 8))
     # of a token in a layer: what its matrix products read and write, and its norms in float32
     kept = sum(m.in_features + m.out_features for m in linear) / config.num_hidden_layers * size
     kept += 2 * config.hidden_size * 8
@@ -39,7 +39,7 @@ def parts(cfg, lora: int, half: bool) -> dict[str, float]:
     stream = config.hidden_size * size * config.num_hidden_layers * cfg.checkpointing
     positions = min(256, cfg.micro_tokens)
     loss = positions * config.vocab_size * (12 if not half else 12 + 2 * size + 4)
-    loss += 0 if lora else config.vocab_size * config.hidden_size * (4 + size)
+    loss += config.vocab_size * config.hidden_size * (4 + size)
     return {
         "weights and optimizer": weights,
         f"a pass of {cfg.micro_tokens:,} tokens": cfg.micro_tokens * (kept * layers + stream),
@@ -50,29 +50,23 @@ def parts(cfg, lora: int, half: bool) -> dict[str, float]:
 def forecast(cfg) -> str:
     """One line: what is needed and what there is; where it does not fit, which setting would."""
     try:
-        return weigh(cfg, getattr(cfg, "lora", 0))
+        device = oel.find_device(cfg.device)
+        half = (cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
+        found = parts(cfg, half)
+        choices = {
+            "--offload": {"offload": True},
+            "--offload --micro-tokens 2048": {"offload": True, "micro_tokens": 2048},
+        }
+        others = {name: sum(parts(dataclasses.replace(cfg, **how), half).values()) for name, how in choices.items()}
     except oel.UsageError as error:
         return f"memory: no forecast: {error}"
-
-
-def weigh(cfg, lora: int) -> str:
-    device = oel.find_device(cfg.device)
-    half = (cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else there
-
-    def need(lora, micro_tokens=cfg.micro_tokens):
-        return parts(dataclasses.replace(cfg, micro_tokens=micro_tokens), lora, half)
-
-    found = need(lora)
     line = ", ".join(f"{x / 2**30:.1f} {name}" for name, x in found.items())
     line = f"memory: about {sum(found.values()) / 2**30:.1f} GiB ({line}) of {there / 2**30:.1f} on {device}"
-    if sum(found.values()) < 0.8 * there:
+    if sum(found.values()) < 0.9 * there:
         return line
-    others = {"--micro-tokens 2048": (lora, 2048), "extras/lora.py --lora 32": (32,),
-              "extras/lora.py --lora 32 --micro-tokens 2048": (32, 2048)}  # fmt: skip
-    fits = [(name, sum(need(*how).values())) for name, how in others.items()]
-    fits = [f"{name} needs {x / 2**30:.1f}" for name, x in fits if x < 0.8 * there]
+    fits = [f"{name} needs {x / 2**30:.1f}" for name, x in others.items() if x < 0.9 * there]
     return line + f"; that is too much: {fits[0] if fits else 'take a smaller model'}"
 
 

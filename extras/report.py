@@ -415,7 +415,7 @@ def scored(run: Run, r: int, n: int = 3) -> list[tuple]:
     import prompts
 
     oel.logging.disable_progress_bar()
-    known = {f.name for f in dataclasses.fields(oel.Config)}  # a run of extras/lora.py has one more
+    known = {f.name for f in dataclasses.fields(oel.Config)}  # config.json also has checksums
     cfg = oel.Config(**{name: value for name, value in run.config.items() if name in known})
     folder = run.folder / f"round{r}"
     finished = finished_rounds(run) >= cfg.rounds  # if not, the run needs its accelerator for itself

@@ -16,7 +16,7 @@ import torch
 EXTRAS = Path(__file__).resolve().parent
 sys.path[:0] = [str(EXTRAS), str(EXTRAS.parent)]
 import oel
-from extras.testing import arguments, consolidated, files_in, load, logs, python, relative, rows_of, small
+from extras.testing import arguments, files_in, load, logs, python, relative, rows_of, small
 
 pytest_plugins = ["extras.testing"]
 
@@ -128,53 +128,6 @@ def test_the_state_of_the_optimizer_is_spread_over_the_processes(tmp_path):
     assert done.returncode == 0, done.stderr[:4000]
 
 
-# --- lora.py ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_learn_and_the_weights_wait(folder, tmp_path, dtype):
-    """Catches: a teacher that learns too, weights that drift, a merge that does not save what was learned."""
-    import lora
-
-    policy = lora.load_policy(oel.load_policy, 4, folder, torch.device("cpu"), dtype=dtype)
-    ids, near = ({"input_ids": torch.tensor([policy.encode("You see\n#P G#")])}, 1e-5 if dtype == "float32" else 0.05)
-    assert {p.dtype for p in policy.master} == {torch.float32}, "small steps would be lost"
-    exact = {name: weight.detach().clone() for name, weight in policy.weights.items()}
-    plain = load(folder, dtype=dtype).model
-
-    def hidden(model):
-        with torch.no_grad():
-            return model.get_decoder()(**ids).last_hidden_state.float()
-
-    first = [p.detach().clone() for p in policy.master]
-    for checkpointing in (True, False):
-        consolidated(policy, small(lr=0.05, checkpointing=checkpointing, steps=1))
-    learning = [(a != b).any() for a, b in zip(policy.master[1::2], first[1::2], strict=True)]
-    assert all(learning), "every B learns"
-    assert all(torch.equal(policy.weights[name], weight) for name, weight in exact.items())
-    assert torch.equal(hidden(policy.frozen()), hidden(plain)), "the teacher is the model as it was"
-    learned = hidden(policy.model)
-    assert relative(learned, hidden(plain)) > 0.01
-    lora.save_model(tmp_path / "model", policy)
-    saved = load(tmp_path / "model").model
-    assert relative(hidden(saved), learned) < near and relative(hidden(policy.model), learned) < near
-    assert all(torch.equal(a, b) for a, b in zip(policy.master, first, strict=True)), "and begin anew"
-    assert all(torch.equal(saved.get_parameter(name), weight) for name, weight in policy.weights.items())
-
-
-def test_adapters_run_as_the_whole_model_does(folder, lessons, tmp_path):
-    """lora.py takes the options of oel.py and one more, refuses a changed rank, and saves a plain model."""
-    cfg = small(model=folder, out=tmp_path / "run", experience=lessons)
-    for rank, code in ((2, 0), (3, 2)):
-        done = python(EXTRAS / "lora.py", *arguments(cfg), "--lora", rank)
-        assert done.returncode == code, done.stderr[-2000:]
-    assert "lora was 2, is 3" in done.stderr
-    assert "loss" in set(rows_of(tmp_path / "run/steps.jsonl")[0])
-    before, after = (load(source).model for source in (folder, tmp_path / "run/round1/model"))
-    changed = [name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))]
-    assert changed and all("_proj.weight" in name for name in changed)
-    with pytest.raises(oel.UsageError, match="lora was 2, is None"):  # whole weights do not continue it
-        oel.run(cfg)
-
-
 # --- memory.py ----------------------------------------------------------------------------------------------
 def test_what_does_not_fit_is_said_before_anything_is_loaded(folder, monkeypatch):
     """Catches: settings that are reported to fit and do not, or a forecast that leaves out the optimizer."""
@@ -183,21 +136,21 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(folder, monkeypatch
     cfg = small(model=folder, micro_tokens=1_000_000, device="cpu")
     n = sum(p.numel() for p in load(folder).master)
 
-    def weights(rank, half):
-        return memory.parts(cfg, rank, half)["weights and optimizer"]
+    def weights(offload, half):
+        return memory.parts(dataclasses.replace(cfg, offload=offload), half)["weights and optimizer"]
 
-    assert weights(0, False) == 20 * n and weights(0, True) == 22 * n
-    assert 2 * n < weights(2, True) < 0.5 * weights(0, True) and weights(2, False) > 2 * n
+    assert weights(False, False) == 20 * n and weights(False, True) == 22 * n
+    assert weights(True, False) == 12 * n and weights(True, True) == 6 * n
     assert "too much" not in memory.forecast(dataclasses.replace(cfg, micro_tokens=1000))
     monkeypatch.setattr(os, "sysconf", lambda name: 2**14)  # 256 MiB
-    assert "too much: --micro-tokens 2048 needs 0." in memory.forecast(cfg)
+    assert "too much: --offload --micro-tokens 2048 needs 0." in memory.forecast(cfg)
     monkeypatch.setattr(os, "sysconf", lambda name: 2)
     assert "take a smaller model" in memory.forecast(cfg)
 
 
 # --- glance.py, curves.py and claims.py ----------------------------------------------------------------------
 def test_runs_on_logs_and_of_adapters_are_read_or_refused_in_a_line(whole, own_logs, tmp_path, tool):
-    """Catches: a traceback about an outcome that no log has, about metrics, or about the setting of lora.py."""
+    """Catches: a traceback about an outcome that no log has, about metrics, or about a setting that is no option."""
     code, out, err = tool("glance", own_logs)
     assert code == 0 and "The first message of the log" in out and "after round1" in out, err
     code, out, err = tool("curves", own_logs)
@@ -365,7 +318,7 @@ def test_the_page_shows_where_the_lessons_matter(whole, tmp_path):
     """Catches: a heat map that is a sentence about an exception, because oel.py has changed."""
     run = shutil.copytree(whole.out, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "lora": 4}))  # what extras/lora.py adds
+    (run / "config.json").write_text(json.dumps({**config, "lora": 4}))  # no option
     done = python(EXTRAS / "report.py", run)
     assert done.returncode == 0, done.stderr[-2000:]
     page = (run / "report.html").read_text()
