@@ -15,9 +15,13 @@ For other options, better words or a taskset of verifiers, subclass an adapter i
 The level is the seed of the game. What a game says goes into the logs; its reward only decides `won`.
 """
 
+import asyncio
 import contextlib
+import functools
 import importlib
 import importlib.util
+import inspect
+import json
 import random
 import re
 import sys
@@ -203,6 +207,68 @@ class ReasoningGym:
         self.invalid_moves = int(found is None)
         text = "There was no <answer>." if found is None else f"You answered {found}."
         return f"{text} That is {'' if self.won else 'not '}correct.", True
+
+
+class Verifiers:
+    """Tasks of a verifiers taskset. Tools are called in this process, not by MCP; a reply without a call is the answer.
+    A subclass has `taskset`, which makes it. Tasks that need a container are not for this adapter."""
+
+    max_turns, strict = 10, False
+    CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+    @classmethod
+    @functools.cache
+    def stream(cls) -> tuple:
+        return iter(cls.taskset()), []
+
+    def reset(self, level: int) -> str:
+        source, tasks = self.stream()
+        while len(tasks) <= level and (task := next(source, None)):
+            tasks.append(task)
+        if len(tasks) < 3:
+            fail(f"{type(self).__name__} has {len(tasks)} tasks: the three splits need at least one each")
+        whole = len(tasks) - len(tasks) % 3  # so that splits, which are residues modulo 3, share no task
+        self.job = job = tasks[level if level < len(tasks) else level % whole]
+        vf, decorators = package("verifiers.v1"), package("verifiers.v1.utils.decorators")
+        toolsets = job.toolsets(job.config)
+        for toolset in toolsets:
+            asyncio.run(toolset.setup_task(job))
+        self.tools = {f.__name__: f for x in toolsets for f in decorators.discover_decorated(x, "tool")}
+        record = vf.TraceTask(type=type(job).__name__, data=job.data)
+        self.trace = vf.Trace(task=record, agent=vf.AgentInfo(config=vf.AgentConfig()))
+        self.log(vf.UserMessage(content=job.data.prompt_text))
+        self.won, self.turn, self.invalid_moves = False, 0, 0
+        about = [f"{name}{inspect.signature(f)}: {inspect.getdoc(f)}" for name, f in self.tools.items()]
+        how = 'To use one, end your reply with <tool_call>{"name": ..., "arguments": {...}}</tool_call>.'
+        self.task = "\n".join(
+            [job.data.system_prompt or "", "Tools:", *about, how, "Else your reply is final."]
+        )
+        return job.data.prompt_text
+
+    def log(self, message) -> None:
+        nodes = self.trace.nodes
+        node = package("verifiers.v1").MessageNode
+        parent = len(nodes) - 1 if nodes else None
+        nodes.append(node(message=message, parent=parent, sampled=message.role == "assistant"))
+
+    def step(self, reply: str) -> tuple[str, bool]:
+        vf, said = package("verifiers.v1"), answer(reply, self.strict)
+        calls = self.CALL.findall(said)
+        self.turn += 1
+        self.log(vf.AssistantMessage(content=said))
+        if calls and self.turn < self.max_turns:
+            try:
+                call = json.loads(calls[-1])
+                result = self.tools[call["name"]](**call["arguments"])
+                text = str(asyncio.run(result) if inspect.isawaitable(result) else result)
+            except Exception as error:  # noqa: BLE001 (whatever the player got wrong)
+                self.invalid_moves += 1
+                text = f"The call failed: {type(error).__name__}: {error}"
+            self.log(vf.ToolMessage(tool_call_id=str(self.turn), content=text))
+            return f"You called {calls[-1].strip()}\n{text}", False
+        asyncio.run(self.job.score(self.trace))
+        self.won = self.trace.reward >= 1
+        return f"You answered: {said}\n{OVER[self.won]}", True
 
 
 if __name__ == "<run_path>":  # when --env runs this file, it has all games of the packages that are installed
