@@ -141,6 +141,8 @@ def older_form(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer_config.json").read_bytes())
     if tokenizer["tokenizer_class"] == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Else version 4 also makes token_type_ids, which `generate` refuses.
+        tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     for name, settings in (("config.json", config), ("tokenizer_config.json", tokenizer)):

@@ -338,7 +338,7 @@ def test_the_older_form_says_the_same(rope, tmp_path):
     )
     scaling = {key: x for key, x in ROPES[rope].items() if key != "rope_theta"}
     assert old["rope_theta"] == 5e5 and old["rope_scaling"] == (None if rope == "default" else scaling)
-    assert names["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert names["tokenizer_class"] == "PreTrainedTokenizerFast" and len(names["model_input_names"]) == 2
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == ROPES[rope]
     again = oel.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert plain_greedy(again, ids, 20) == wanted
