@@ -152,9 +152,7 @@ class Gymnasium:
         if hasattr(space, "n"):
             self.actions = self.actions or [str(i) for i in range(space.n)]
             names = " ".join(f"[{action}]" for action in self.actions)
-            self.task = (
-                f"{self.task}\nActions: {names}. End your reply with one action in square brackets.".strip()
-            )
+            self.task = f"{self.task}\nActions: {names}. End your reply with one action in square brackets.".strip()
 
     def reset(self, level: int) -> str:
         self.won, self.turn, self.invalid_moves, self.had_action = False, 0, 0, True
@@ -240,9 +238,7 @@ class Verifiers:
         self.won, self.turn, self.invalid_moves = False, 0, 0
         about = [f"{name}{inspect.signature(f)}: {inspect.getdoc(f)}" for name, f in self.tools.items()]
         how = 'To use one, end your reply with <tool_call>{"name": ..., "arguments": {...}}</tool_call>.'
-        self.task = "\n".join(
-            [job.data.system_prompt or "", "Tools:", *about, how, "Else your reply is final."]
-        )
+        self.task = "\n".join([job.data.system_prompt or "", "Tools:", *about, how, "Else your reply is final."])
         return job.data.prompt_text
 
     def log(self, message) -> None:
@@ -277,7 +273,4 @@ if __name__ == "<run_path>":  # when --env runs this file, it has all games of t
             for name in adapter.names():
                 globals()[f"{adapter.package}/{name}"] = type(name, (adapter,), {"name": name})
         else:
-            print(
-                f"adapters.py: {adapter.package} is not installed, so its games are not there",
-                file=sys.stderr,
-            )
+            print(f"adapters.py: {adapter.package} is not installed, so its games are not there", file=sys.stderr)

@@ -105,7 +105,8 @@ def card(run: Path, config: dict, r: int, license: str = "") -> str:
     missing = [f"- `{name}`: {MEASURES[name].format(**how)}" for name in MEASURES if name not in shown]
     missing.append("- anything else: other tasks, instruction following, other languages, safety")
     lists = sorted((run / f"round{r}/experience").glob("*.txt"))
-    settings = {k: v for k, v in config.items() if k not in ("out", "device", "smoke")}
+    left_out = {"out", "device", "smoke", *(name for name in config if name.startswith("content of "))}
+    settings = {k: v for k, v in config.items() if k not in left_out}
     for name in ("model", "logs", "experience", "extractor", "env"):
         settings[name] = public(settings[name])
     writer = "It wrote the lessons itself."
@@ -122,9 +123,7 @@ def card(run: Path, config: dict, r: int, license: str = "") -> str:
         writer=writer,
         env="recorded logs" if config["logs"] else env,
         source="logs that were recorded elsewhere" if config["logs"] else "its own episodes",
-        measured="\n".join([markdown(table), "", *notes])
-        if rows
-        else "Nothing: learning from logs plays no game.",
+        measured="\n".join([markdown(table), "", *notes]) if rows else "Nothing: learning from logs plays no game.",
         unmeasured="\n".join(missing),
         lessons="\n\n".join(block(path.read_text("utf-8")) for path in lists) or "None were written.",
         settings=markdown([["setting", "value"]] + [[k, f"`{v}`"] for k, v in settings.items()]),

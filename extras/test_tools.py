@@ -88,9 +88,7 @@ def test_a_round_of_an_adapter(game, package, replies, folder, lessons, tmp_path
     pytest.importorskip(package)
     named = {"TextArena": "textarena", "Gymnasium": "gymnasium", "ReasoningGym": "reasoning_gym"}
     name = (
-        game.__name__
-        if game in (PaperFrozenLake, PaperSokoban)
-        else f"{named[game.__mro__[1].__name__]}/{game.name}"
+        game.__name__ if game in (PaperFrozenLake, PaperSokoban) else f"{named[game.__mro__[1].__name__]}/{game.name}"
     )
     out = tmp_path / "run"
     oel.run(small(model=folder, env=f"{EXTRAS}/adapters.py:{name}", experience=lessons, out=out))
@@ -188,9 +186,7 @@ def test_a_taskset_of_verifiers_is_played_with_its_tools():
     won = play(game, 4, player(call, "It is 28"))
     assert won["outcome"] == "won" and "\n28" in won["turns"][0]["feedback"] and "Multiply two" in game.task
     assert play(game, 5, player(call, "It is 28"))["outcome"] == "lost"
-    assert play(game, 5, player('<tool_call>{"name": "ask"}</tool_call>'))["turns"][0]["feedback"].endswith(
-        "'ask'"
-    )
+    assert play(game, 5, player('<tool_call>{"name": "ask"}</tool_call>'))["turns"][0]["feedback"].endswith("'ask'")
     assert game.invalid_moves == game.max_turns - 1
     tasks = [{game.reset(level) for level in level_seeds(split, 9)} for split in SPLITS]
     assert not any(a & b for a, b in itertools.combinations(tasks, 2))
@@ -201,9 +197,7 @@ def test_a_taskset_of_verifiers_is_played_with_its_tools():
 def sent(monkeypatch):
     """What a stand-in for a tracker is sent, as (values, step)."""
     rows = []
-    monkeypatch.setitem(
-        track.TRACKERS, "tensorboard", lambda *_: (lambda *row: rows.append(row), lambda: None)
-    )
+    monkeypatch.setitem(track.TRACKERS, "tensorboard", lambda *_: (lambda *row: rows.append(row), lambda: None))
     return rows
 
 
@@ -219,13 +213,7 @@ def test_no_row_is_sent_twice(whole, sent, tmp_path):
     """Catches: rows sent anew after a restart, or after a resumed run dropped them and wrote them again."""
     run, every = tmp_path / "run", Path(whole.out)
     counts = []
-    for metrics, steps in (
-        (1, 1),
-        (2, 3),
-        (1, 1),
-        (2, 2),
-        (3, 4),
-    ):  # the third is what a killed run goes back to
+    for metrics, steps in ((1, 1), (2, 3), (1, 1), (2, 2), (3, 4)):  # the third is what a killed run goes back to
         grow(run, every, metrics, steps)
         counts.append(track.track(run, "tensorboard", once=True))
     assert counts == [2, 3, 0, 0, 2] and [step for _, step in sent] == [0, 1, 2, 2, 3, 4, 4]
@@ -333,18 +321,14 @@ def test_the_older_form_says_the_same(rope, tmp_path):
     wanted = plain_greedy(model, ids, 20)
     card.older_form(tmp_path)
     card.older_form(tmp_path)  # again
-    old, names = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "tokenizer_config")
-    )
+    old, names = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "tokenizer_config"))
     scaling = {key: x for key, x in ROPES[rope].items() if key != "rope_theta"}
     assert old["rope_theta"] == 5e5 and old["rope_scaling"] == (None if rope == "default" else scaling)
     assert names["tokenizer_class"] == "PreTrainedTokenizerFast" and len(names["model_input_names"]) == 2
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == ROPES[rope]
     again = oel.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert plain_greedy(again, ids, 20) == wanted
-    assert AutoTokenizer.from_pretrained(tmp_path).encode("the end <think>") == tokenizer.encode(
-        "the end <think>"
-    )
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("the end <think>") == tokenizer.encode("the end <think>")
 
 
 def test_a_run_goes_on_after_its_card(shared, whole):

@@ -60,9 +60,7 @@ def new_rows(run: Path, sent: list, steps: int) -> list[tuple[int, list, dict]]:
     for file, group in FILES.items():
         for row in oel.read_jsonl(run / file):
             key = [file, row["round"], row["step"]]
-            values = {
-                f"{group}/{k}": v for k, v in row.items() if k not in ("round", "step") and v is not None
-            }
+            values = {f"{group}/{k}": v for k, v in row.items() if k not in ("round", "step") and v is not None}
             if key not in sent:
                 found.append((max(row["round"] - 1, 0) * steps + row["step"], key, values))
     return sorted(found, key=lambda entry: (entry[0], entry[1][0] == "metrics.jsonl"))

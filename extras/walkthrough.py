@@ -6,6 +6,7 @@
 # open it as a notebook. It defines no function of its own, so what you see is what `oel.py` does.
 
 # %%
+import copy
 import sys
 from pathlib import Path
 
@@ -47,9 +48,7 @@ trajectory = {"id": "by hand", "turns": turns}
 
 # %%
 question = prompts.extraction_prompt(trajectory, form=cfg.form, reasoning=cfg.reasoning)
-(response,) = oel.sample(
-    policy.model, [policy.encode(question)], max_new_tokens=cfg.experience_budget, **plain
-)
+(response,) = oel.sample(policy.model, [policy.encode(question)], max_new_tokens=cfg.experience_budget, **plain)
 lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
 experience = prompts.accumulate("", lessons, cfg.experience_budget, policy.count_tokens)
 print(experience)
@@ -75,14 +74,10 @@ for a, b in zip(left, right, strict=True):
 # from what the teacher, who knows the lessons, would choose there. Most tokens agree; a few carry the lesson.
 
 # %%
-teacher = policy.frozen()
-(response,) = oel.sample(
-    policy.model, [policy.encode(student_prompt)], max_new_tokens=cfg.reply_limit, **plain
-)
+teacher = copy.deepcopy(policy.model).requires_grad_(False)
+(response,) = oel.sample(policy.model, [policy.encode(student_prompt)], max_new_tokens=cfg.reply_limit, **plain)
 sides = ((policy.model, student_prompt), (teacher, teacher_prompt))
-hidden = [
-    oel.response_hidden(model, [policy.encode(text)], [response.ids])[0].detach() for model, text in sides
-]
+hidden = [oel.response_hidden(model, [policy.encode(text)], [response.ids])[0].detach() for model, text in sides]
 heads = [model.get_output_embeddings().weight[: policy.vocab_size].detach() for model, _ in sides]
 kl, _, _ = oel.reverse_kl(*hidden, *heads, cfg.temperature)
 for token, nats in zip(response.ids, kl.tolist(), strict=True):
