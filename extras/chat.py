@@ -41,6 +41,7 @@ def chat_ids(policy: oel.Policy, messages: list[dict]) -> list[int]:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = oel.parse_args(["--logs", "chats.jsonl", *(sys.argv[1:] if argv is None else argv)])
+    oel.logging.disable_progress_bar()
     try:
         policy = oel.load_policy(cfg.model, oel.find_device(cfg.device), cfg.thinking, cfg.dtype)
         number = len(oel.read_jsonl(Path(cfg.logs), prompts.parse_log))

@@ -21,9 +21,9 @@ import prompts
 
 
 def sentences(reply: str) -> int:
-    """The number of sentences in a reply. A line ends a sentence too, and "1." or "Dr." alone is none."""
+    """The number of sentences in a reply. The end of a line ends a sentence too, and "1." alone is none."""
     parts = re.split(r"(?<=[.!?])[\"')*]*\s+|\n+", reply)
-    return sum(len(re.findall(r"[^\W\d_]{2,}", part)) > 1 for part in parts) or 1
+    return sum(bool(re.search(r"[^\W\d_]{2}", part)) for part in parts) or 1
 
 
 def scores(policy: oel.Policy, questions: list[str], args) -> np.ndarray:
@@ -62,12 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="", help="as in oel.py")
     args = parser.parse_args(argv)
     lines = [["model", "told", "reply tokens", "sentences", "follow the wish, percent"]]
+    oel.logging.disable_progress_bar()
     try:
         questions = Path(args.questions).read_text("utf-8").splitlines()
         told = prompts.with_experience("", args.told.read_text("utf-8")) if args.told else ""
-        for model in args.models:
+        for i, model in enumerate(args.models):
             policy = oel.load_policy(model, oel.find_device(args.device), args.thinking, args.dtype)
-            for prefix in ["", told] if told and model == args.models[0] else [""]:
+            for prefix in ["", told] if told and i == 0 else [""]:
                 found = estimate(scores(policy, [prefix + question for question in questions], args))
                 lines.append([model, "the lesson" if prefix else "nothing", *cells(found, [1, 1, 100])])
         print(markdown(lines))

@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None, judge=None) -> None:
     parser.add_argument("--device", default="", help="as in oel.py")
     parser.add_argument("--rows", type=int, default=0, help="as in oel.py")
     args = parser.parse_args(argv)
+    oel.logging.disable_progress_bar()
     try:
         judge, rows = judge or harness(), read_prompts(args.prompts)[:: args.every]
         found = scores(rows, answer_all(rows, args), judge)
