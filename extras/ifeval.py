@@ -6,9 +6,9 @@
     python extras/ifeval.py runs/NAME/round3/model --out runs/after.jsonl --against runs/before.jsonl
 
 Our sampler writes the replies, greedily, and lm-evaluation-harness judges them with the checkers of its task "ifeval".
-The result is a row of a Markdown table with 95% intervals, from resampling the prompts. Every reply is saved as soon as
-it ends, so the same command continues a run that was stopped. `--against` compares with the replies of another
-checkpoint to the same prompts, prompt by prompt.
+It prints a row of a Markdown table, with 95% intervals from resampling the prompts. Every reply is saved as soon as it
+ends, so the same command continues a run that was stopped. `--against` adds the difference to the replies of another
+checkpoint to the same prompts.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None, judge=None) -> None:
     parser.add_argument(
         "--prompts", default="", help="JSONL file of IF-Eval's prompts (default: google/IFEval)"
     )
-    parser.add_argument("--every", type=int, default=1, help="take every so manieth prompt")
+    parser.add_argument("--every", type=int, default=1, help="take every N-th prompt only")
     parser.add_argument(
         "--limit", type=int, default=1280, help="most tokens of a reply (the harness has 1280)"
     )
