@@ -47,17 +47,13 @@ def scores(policy: oel.Policy, questions: list[str], args) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", help="hub names or folders of checkpoints")
-    parser.add_argument(
-        "--questions", default=str(Path(__file__).with_name("questions.txt")), help="a line each"
-    )
+    parser.add_argument("--questions", default=str(Path(__file__).with_name("questions.txt")), help="a line each")
     parser.add_argument("--told", type=Path, help="file with the lesson")
     parser.add_argument("--match", default="", help="regular expression of a reply that follows the wish")
     parser.add_argument("--limit", type=int, default=256, help="most tokens of a reply")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
     parser.add_argument("--seed", type=int, default=1, help="seed of the replies")
-    parser.add_argument(
-        "--thinking", action=argparse.BooleanOptionalAction, default=False, help="as in oel.py"
-    )
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=False, help="as in oel.py")
     parser.add_argument("--dtype", default="", choices=["", "bfloat16", "float32"], help="as in oel.py")
     parser.add_argument("--device", default="", help="as in oel.py")
     args = parser.parse_args(argv)

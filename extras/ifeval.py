@@ -47,9 +47,7 @@ def harness():
         import langdetect
         from lm_eval.tasks.ifeval.utils import process_results
     except ImportError:
-        raise oel.UsageError(
-            'the checkers are not installed: pip install "lm_eval[ifeval]==0.4.13"'
-        ) from None
+        raise oel.UsageError('the checkers are not installed: pip install "lm_eval[ifeval]==0.4.13"') from None
     langdetect.DetectorFactory.seed = 0  # else the language of a short reply is a matter of chance
     return process_results
 
@@ -71,12 +69,7 @@ def answer_all(rows: list[dict], args) -> list[dict]:
         oel.write_jsonl(args.out, list(known.values()))
 
     if missing:
-        how = {
-            "stop_ids": policy.stop_ids,
-            "vocab_size": policy.vocab_size,
-            "temperature": 0,
-            "rows": args.rows,
-        }
+        how = {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size, "temperature": 0, "rows": args.rows}
         oel.drive(policy.model, [reply(row) for row in missing], **how, desc="ifeval")
     return [known[row["key"]] for row in rows]
 
@@ -91,9 +84,7 @@ def scores(rows: list[dict], replies: list[dict], judge) -> np.ndarray:
             what = "nltk lacks its data: python -c \"import nltk; nltk.download('punkt_tab')\""
             raise oel.UsageError(what) from None
         levels = [
-            verdict[f"{level}_{how}_acc"]
-            for how in ("strict", "loose")
-            for level in ("prompt_level", "inst_level")
+            verdict[f"{level}_{how}_acc"] for how in ("strict", "loose") for level in ("prompt_level", "inst_level")
         ]
         sums = [np.sum(level) for level in levels] + [reply["tokens"]]
         found.append((sums, [np.size(level) for level in levels] + [1]))
@@ -128,16 +119,10 @@ def main(argv: list[str] | None = None, judge=None) -> None:
     parser.add_argument("model", help="hub name or folder of a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file of its replies")
     parser.add_argument("--against", type=Path, help="replies of another checkpoint, to compare with")
-    parser.add_argument(
-        "--prompts", default="", help="JSONL file of IF-Eval's prompts (default: google/IFEval)"
-    )
+    parser.add_argument("--prompts", default="", help="JSONL file of IF-Eval's prompts (default: google/IFEval)")
     parser.add_argument("--every", type=int, default=1, help="take every N-th prompt only")
-    parser.add_argument(
-        "--limit", type=int, default=1280, help="most tokens of a reply (the harness has 1280)"
-    )
-    parser.add_argument(
-        "--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in oel.py"
-    )
+    parser.add_argument("--limit", type=int, default=1280, help="most tokens of a reply (the harness has 1280)")
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True, help="as in oel.py")
     parser.add_argument("--dtype", default="", choices=["", "bfloat16", "float32"], help="as in oel.py")
     parser.add_argument("--device", default="", help="as in oel.py")
     parser.add_argument("--rows", type=int, default=0, help="as in oel.py")

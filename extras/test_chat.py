@@ -153,12 +153,7 @@ def test_replies_are_the_greedy_ones_and_a_stopped_run_continues(measure, folder
     measure()
     rows = {row["key"]: row for row in rows_of(tmp_path / "replies.jsonl")}
     policy = load(folder)
-    how = {
-        "max_new_tokens": 5,
-        "temperature": 0,
-        "stop_ids": policy.stop_ids,
-        "vocab_size": policy.vocab_size,
-    }
+    how = {"max_new_tokens": 5, "temperature": 0, "stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size}
     (alone,) = oel.sample(policy.model, [policy.encode("Prompt 2")], **how)
     assert rows[14]["response"] == policy.decode(alone.ids)
     kept = [rows[0] | {"response": "", "tokens": 3}, rows[21]]
@@ -173,9 +168,7 @@ def test_a_subset_and_the_difference_of_two_models(measure, tmp_path):
     measure("--every", 2)
     rows = rows_of(tmp_path / "replies.jsonl")
     assert {row["key"] for row in rows} == {0, 14}
-    oel.write_jsonl(
-        tmp_path / "other.jsonl", [row | {"response": "", "tokens": row["tokens"] + 2} for row in rows]
-    )
+    oel.write_jsonl(tmp_path / "other.jsonl", [row | {"response": "", "tokens": row["tokens"] + 2} for row in rows])
     *_, difference = measure("--every", 2, "--against", tmp_path / "other.jsonl")
     assert [cell.split()[0] for cell in difference[1:]] == ["+50.0", "+50.0", "+100.0", "+100.0", "-2.0"]
     assert "(-2.0 to -2.0)" in difference[5] and "(+100.0 to +100.0)" in difference[3]
@@ -185,8 +178,7 @@ def test_reasoning_is_not_judged(measure, folder, tmp_path):
     """Catches: words of the reasoning that count as words of the answer."""
     measure()
     rows = [
-        row | {"response": f"<think>\nno\n</think>\n\n{row['key']}"}
-        for row in rows_of(tmp_path / "replies.jsonl")
+        row | {"response": f"<think>\nno\n</think>\n\n{row['key']}"} for row in rows_of(tmp_path / "replies.jsonl")
     ]
     oel.write_jsonl(tmp_path / "replies.jsonl", rows)
     seen = []
@@ -209,7 +201,7 @@ def test_the_interval_covers_the_truth():
     (["--limit", "4"], "other settings"),
     (["--against", "nothing.jsonl"], "lacks a reply"),
     (["--prompts", "replies.jsonl"], "instruction_id_list"),
-    (["--limit", "5000", "--out", "new.jsonl"], "do not fit"),
+    (["--limit", "5000", "--out", "new.jsonl"], "exceed a context"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_refused_in_one_line(measure, tmp_path, monkeypatch, capsys, argv, said):
     """Catches: replies of two settings in one file, a comparison of other prompts, a traceback."""
@@ -281,15 +273,10 @@ def test_questions_are_answered_with_and_without_the_lesson(folder, tmp_path, le
 def test_the_log_that_ships_is_clean_and_has_no_held_out_question():
     """Catches: a question that is both trained on and measured, a log that --logs refuses, odd characters, a large file."""
     path = EXTRAS / "chat_logs.jsonl"
-    chats, asked = (
-        oel.read_jsonl(path, prompts.parse_log),
-        (EXTRAS / "questions.txt").read_text().splitlines(),
-    )
+    chats, asked = (oel.read_jsonl(path, prompts.parse_log), (EXTRAS / "questions.txt").read_text().splitlines())
     first = [trajectory["turns"][0]["prompt"] for trajectory in chats]
     assert 80 <= len(chats) <= 120 and len(set(first)) == len(first) and path.stat().st_size < 120_000
-    assert not set(asked) & {
-        line for t in chats for turn in t["turns"] for line in turn["prompt"].splitlines()
-    }
+    assert not set(asked) & {line for t in chats for turn in t["turns"] for line in turn["prompt"].splitlines()}
     assert len(set(asked)) == len(asked) >= 40
     assert all(turn["response"].strip() and turn["feedback"].strip() for t in chats for turn in t["turns"])
     text = path.read_text("utf-8")
