@@ -294,7 +294,7 @@ GAMES = {"frozenlake": FrozenLake, "sokoban": Sokoban}
 
 @functools.cache  # the file of a user's own game runs once
 def games_in(file: str) -> dict:
-    """The games of a Python file, which may import its neighbours, or those above if no file is named."""
+    """GAMES, or what a named Python file defines; that file may import its neighbours."""
     if file:
         sys.path.append(str(Path(file).resolve().parent))
     return runpy.run_path(file) if file else GAMES

@@ -18,8 +18,8 @@ experience e. The teacher, the same model frozen at the start of the round, scor
 
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
-The mean is over all response tokens of a step, so each token counts the same. Both logits are divided by the
-temperature of sampling. No gradient flows through the sampling of y.
+We take the mean over all response tokens of a step at once, so each token counts the same. Both logits are divided
+by the temperature of sampling. No gradient flows through the sampling of y.
 
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens of a batch, R rows of the KV cache.
 """
@@ -78,7 +78,7 @@ class Config:
     reply_limit: int = option(1024, "new tokens in one reply, at most")
     max_turns: int = option(1000, "turns after which an episode is stopped")
     temperature: float = option(0.7, "temperature of every sample, and of both sides of the KL (section 4.1)")
-    top_p: float = option(0.8, "nucleus for all but the games to train on, and training")
+    top_p: float = option(0.8, "nucleus, except in the games to train on and in training")
     top_k: int = option(20, "tokens to choose from, in the same phases as --top-p; 0: all")
     strict: bool = option(False, "look for actions behind </think> only; not for models that write none")
     lists: int = option(10, "independently sampled lists of lessons a round")
@@ -89,8 +89,8 @@ class Config:
     experience_budget: int = option(2048, "most tokens in a list of lessons, and of one extraction's reply")
     experience: str = option("", "file of lessons to consolidate; then none are extracted")
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
-    context: str = option("items", "what the teacher sees: lessons, raw episodes, nothing", ("items", "raw", "none"))
-    distill: str = option("on-policy", "student (reverse KL) or teacher (forward KL)", ("on-policy", "off-policy"))
+    context: str = option("items", "teacher sees lessons of any form, raw logs, or nothing", ("items", "raw", "none"))
+    distill: str = option("on-policy", "who replies: student, or teacher (forward KL)", ("on-policy", "off-policy"))
     steps: int = option(20, "optimizer steps a round")
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
     lr: float = option(5e-6, "learning rate, constant")
@@ -98,7 +98,7 @@ class Config:
     adam_eps: float = option(1e-8, "epsilon of AdamW; gradients far below it make small steps, not full ones")
     clip: float = option(1.0, "largest norm of a step's gradient")
     kl_top_k: int = option(0, "sum the reverse KL over the student's top tokens (the authors: 256); 0: exact")
-    micro_tokens: int = option(8192, "padded tokens in one forward and backward pass; a longer sample runs alone")
+    micro_tokens: int = option(8192, "most padded tokens in a forward and backward pass; a longer sample runs alone")
     checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     save_every: int = option(10, "steps between the states that a killed consolidation resumes from")
     eval_games: int = option(128, "held-out levels for the pass rate")
@@ -232,13 +232,14 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
 # --- deploy: the user side, and the only part that plays --------------------------------------------------
 def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant: str = "") -> list[dict]:
     """Play one episode on each of the phase's levels; return the trajectories, [] if the game lacks the variant.
-    Only probes show `experiences` (by turns) and play variants. "renamed" shows the rules."""
+    Only probes show `experiences`, one an episode in rotation, and play variants. "renamed" shows the rules."""
     episodes = []
     for i, level in enumerate(phase.levels):
         game = make_game(cfg, variant, seed=i)
         if game is None:
             return []
-        lists = [prompts.as_items(game.rules())] if variant == "renamed" else experiences or [None]
+        with game_errors(f"--env {cfg.env} {variant}"):
+            lists = [prompts.as_items(game.rules())] if variant == "renamed" else experiences or [None]
         name, experience = f"{variant}{i}-level{level}", lists[i % len(lists)]
         episodes.append(episode(policy, game, level, name, cfg.reply_limit, experience, cfg.max_turns))
     return drive(policy.model, episodes, **sampling(policy, cfg, phase, variant or "deploy"))
@@ -259,14 +260,13 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
         with game_errors(f"{where}, turn {len(turns) + 1}"):
             feedback, done = game.step(reply)
             observations.append(prompts.checked_text(feedback))
-            won = bool(game.won)
+            won, counts["invalid"] = bool(game.won), int(getattr(game, "invalid_moves", 0))
         turns.append({"prompt": prompt, "response": reply, "feedback": feedback})
         counts["reply_tokens"] += len(response.ids)
         counts["truncated"] += response.finish == "length"
         counts["unclosed"] += "<think>" in reply and "</think>" not in reply
     if not done:
         tqdm.write(f"{where}: stopped after turn {max_turns} (--max-turns)")
-    counts["invalid"] = getattr(game, "invalid_moves", 0)
     return {"id": name, "turns": turns, "outcome": {"won": won, "turns": len(turns), **counts}}
 
 
@@ -389,8 +389,7 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
     check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
     phase = phase._replace(seed=derive_seed(phase.seed, step, 1))  # new noise in every step
     answering = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
-    desc = f"step {step}/{cfg.steps}"
-    responses = sample(*answering, max_new_tokens=cfg.reply_limit, **sampling(policy, cfg, phase, desc))
+    responses = sample(*answering, max_new_tokens=cfg.reply_limit, **sampling(policy, cfg, phase, f"step {step}"))
     return [Sample(x, e_x, y.ids) for x, e_x, y in zip(prompt_ids, teacher_ids, responses, strict=True)]
 
 
@@ -489,7 +488,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     keyed, batches, former = [], [], None
     for s in samples:  # the first ids of the teacher's prompt, as many as e has, tell lists apart
         key, told = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)], len(s.teacher_ids)
-        width = max(len(s.prompt_ids), told // 4) + len(s.response_ids)  # e runs once for all, without a gradient
+        width = max(len(s.prompt_ids), told // 4) + len(s.response_ids)  # no gradient: the teacher's cost a quarter
         keyed.append((key, width, s))
     for key, width, s in sorted(keyed, key=lambda entry: entry[:2]):
         if key != former or (len(batches[-1]) + 1) * width > budget:
@@ -507,8 +506,9 @@ def evaluate(policy: Policy, cfg: Config, plan: dict[str, Phase]) -> tuple[dict,
     metrics = {"pass_rate": pass_rate(played), "reply_tokens": total["reply_tokens"] / total["turns"]}
     for name, variant in (("unseen", "unseen"), ("forgetting", "renamed")):
         metrics[f"{name}_pass_rate"] = pass_rate(deploy(policy, cfg, plan["probes"], variant=variant))
-    rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
-    return {**metrics, **rates}, played
+    return metrics | {
+        f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")
+    }, played
 
 
 def pass_rate(trajectories: list[dict]) -> float | None:
@@ -642,7 +642,7 @@ class Sampler:
         self.results = [None] * len(generators)
         self.waiting = []  # jobs without a row; the last is next in line
         self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
-        self.cache, self.row_len = KVCache(model, 0, 0), 1  # tokens that a row must hold, prompt and reply
+        self.cache, self.row_len = KVCache(model, 0, 0), 1  # row_len: tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
         torch.cuda.empty_cache()  # has no effect without CUDA
         memory = torch.cuda.mem_get_info(model.device)[0] if self.cuda else 12 << 30  # bytes

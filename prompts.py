@@ -17,8 +17,8 @@ ITEM = re.compile(r"[\W\d_]*EXPERIENCE ITEM[\W\d_]*?:(.*)", re.IGNORECASE)
 
 # --- playing ----------------------------------------------------------------------------------------------
 def play_prompt(task: str, observations: list[str]) -> str:
-    """The user message of one turn: the task, then all that the game said so far, without replies (as in the paper)."""
-    return "\n\n".join([task, *observations])
+    """The user message of one turn: the task, then all that the game has said. No replies, as in the paper."""
+    return "\n\n".join(filter(None, [task, *observations]))
 
 
 def with_experience(prompt: str, experience: str) -> str:

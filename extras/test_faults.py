@@ -81,6 +81,18 @@ def test_a_game_that_cannot_be_made_is_an_error(game, folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_variant_without_its_rules_is_named(game, folder, lessons, tmp_path, capsys):
+    """Catches: a game with renamed() but no rules() that ends in a bare traceback after its first evaluation."""
+    env = game()
+    (tmp_path / "own.py").write_text(
+        (tmp_path / "own.py").read_text() + "    renamed = classmethod(lambda cls, seed: cls())\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        oel.main(arguments(small(model=folder, env=env, out=tmp_path / "run", experience=lessons)))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "own.py:Game renamed: AttributeError" in last and "'rules'" in last
+
+
 def test_an_episode_without_end_is_stopped(game, folder, lessons, tmp_path, capsys):
     """Catches: a run that hangs for ever, or an episode that is stopped without a word."""
     env = game(step="return 'On and on.', False")
