@@ -106,7 +106,7 @@ def main() -> None:
                 _, errors = run.communicate()
                 kills += run.returncode != 0  # 0: it was over before
                 how = how if run.returncode else None
-                if how == signal.SIGINT and "goes on from" not in errors and "Traceback" in errors:
+                if how == signal.SIGINT and "continues" not in errors and "Traceback" in errors:
                     print(f"run {i}: Ctrl-C was not answered: {errors.splitlines()[-1]}")
                 print(f"run {i}: {how.name if how else 'over'} after {moment:.1f} s, {phase(out)}", flush=True)
             finish(out)
