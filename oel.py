@@ -154,8 +154,8 @@ def run(cfg: Config) -> list[dict]:
         how = cfg.thinking, cfg.dtype, cfg.offload
         policy = load_policy(str(out / f"round{done}/model") if done else cfg.model, device, *how)
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
-        known = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]
-        check_fits(policy.model, max(cfg.experience_budget, *(len(policy.encode(x)) for x in known)), cfg.reply_limit)
+        early = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # refused before play
+        check_fits(policy.model, max(cfg.experience_budget, *(len(policy.encode(x)) for x in early)), cfg.reply_limit)
         with atomic(out / "config.json") as part:
             part.write_text(json.dumps(settings, indent=2) + "\n")
         if cfg.logs:  # the user's logs take the place of what deploy would record
@@ -247,7 +247,7 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
 
 def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience=None, max_turns=1000):
     """Play one episode, as a generator that returns the trajectory {"id", "turns", "outcome"}. A turn is a dict of
-    "prompt", WITHOUT experience, "response", and "feedback": all that the game said next. "outcome" is for people."""
+    "prompt", WITHOUT experience, "response", and "feedback", the game's next words. "outcome" is for metrics."""
     turns, done, won, where = [], False, False, f"{type(game).__name__}, level {level}"
     counts = {"reply_tokens": 0, "truncated": 0, "unclosed": 0}
     with game_errors(where):
@@ -310,7 +310,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
         return [Path(cfg.experience).read_text("utf-8").strip()]
     if cfg.extractor:
         policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=True)
-    size = math.ceil(len(trajectories) / cfg.lists)  # phases repeats the levels, so each share has them all
+    size = math.ceil(len(trajectories) / cfg.lists)  # `phases` repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
         how = cfg.reasoning, cfg.experience_budget, policy.count_tokens
@@ -488,7 +488,7 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     keyed, batches, former = [], [], None
     for s in samples:  # the first ids of the teacher's prompt, as many as e has, tell lists apart
         key, told = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)], len(s.teacher_ids)
-        width = max(len(s.prompt_ids), told // 4) + len(s.response_ids)  # no gradient: the teacher's cost a quarter
+        width = max(len(s.prompt_ids), told // 4) + len(s.response_ids)  # no gradient: its tokens count a quarter
         keyed.append((key, width, s))
     for key, width, s in sorted(keyed, key=lambda entry: entry[:2]):
         if key != former or (len(batches[-1]) + 1) * width > budget:
@@ -702,7 +702,7 @@ class Sampler:
             vacant.remove(row)
             self.rows[row] = job
             placed.append((row, donor, shared))
-        for row, donor, shared in reversed(placed):  # the last copies first, before its donor is overwritten
+        for row, donor, shared in reversed(placed):  # in reverse: each copies before its donor is overwritten
             if row != donor:
                 self.cache.copy_row(row, self.cache, donor, shared)
         return [(len(self.rows[row].request.prompt_ids) - shared, shared, row) for row, _, shared in placed]
@@ -754,7 +754,7 @@ class Sampler:
         cache, n = self.cache, len(self.rows)
         n = min(1 << (n - 1).bit_length(), len(cache.token)) if self.graphs else n
         longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job)
-        sizes = n, min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lag behind
+        sizes = n, min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lack the newest
         if not self.graphs or sizes not in self.captured:  # a first step may initialise what no graph can
             self.captured[sizes] = None
             return self.decode_pass(*sizes)

@@ -54,7 +54,7 @@ def answer(reply: str) -> str:
 
 def transcript(trajectory: dict, reasoning: bool = True) -> str:
     """A trajectory as the extractor sees it: the first prompt, then replies and what the game said to them.
-    With `reasoning` the replies are shown in full, as in the paper; without, their answers. The outcome never is."""
+    With `reasoning` the replies are shown in full, as in the paper; without, their answers. "outcome" is not."""
     parts = [trajectory["turns"][0]["prompt"]]
     for i, turn in enumerate(trajectory["turns"], 1):
         reply = turn["response"].strip() if reasoning else answer(turn["response"])
