@@ -388,9 +388,9 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
     prompt_ids, teacher_ids = ([policy.encode(x) for x in xs] for xs in (student_prompts, teacher_prompts))
     check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
     phase = phase._replace(seed=derive_seed(phase.seed, step, 1))  # new noise in every step
-    answering = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
-    responses = sample(*answering, max_new_tokens=cfg.reply_limit, **sampling(policy, cfg, phase, f"step {step}"))
-    return [Sample(x, e_x, y.ids) for x, e_x, y in zip(prompt_ids, teacher_ids, responses, strict=True)]
+    who = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
+    ys = sample(*who, max_new_tokens=cfg.reply_limit, **sampling(policy, cfg, phase, f"step {step}/{cfg.steps}"))
+    return [Sample(x, e_x, y.ids) for x, e_x, y in zip(prompt_ids, teacher_ids, ys, strict=True)]
 
 
 def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> float:
