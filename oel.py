@@ -149,7 +149,7 @@ def run(cfg: Config) -> list[dict]:
     not run again once it has one, so the same command continues a run that was stopped."""
     out, device = Path(cfg.out), find_device(cfg.device)
     own, lessons, settings = check_inputs(cfg, out)
-    with FileLock(f"{out}.lock", blocking=False):  # TimeoutError if another run holds it
+    with FileLock(f"{out.resolve()}.lock", blocking=False):  # TimeoutError if another run holds it
         done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
         how = cfg.thinking, cfg.dtype, cfg.offload
         policy = load_policy(str(out / f"round{done}/model") if done else cfg.model, device, *how)
@@ -352,11 +352,11 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
     if state and state.exists():  # continue a consolidation that was stopped
         try:
             done, weights, moments = torch.load(state, map_location="cpu", weights_only=True).values()
+            optimizer.load_state_dict(moments)
+            for master, weight in zip(policy.master, weights, strict=True):
+                master.data.copy_(weight)
         except Exception as error:
             raise UsageError(f"{state} is damaged: remove it, and this consolidation begins again") from error
-        optimizer.load_state_dict(moments)
-        for master, weight in zip(policy.master, weights, strict=True):
-            master.data.copy_(weight)
         policy.copy_master()
     for step in range(done + 1, cfg.steps + 1):
         began = time.perf_counter()
@@ -404,9 +404,10 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         whole = len(batch) == 1 or teacher_ids == prompt_ids
         prefix = 0 if whole else prompts.common_prefix([x[:-1] for x in teacher_ids])  # the last id predicts
         with torch.no_grad():
-            teacher_hidden, _ = response_hidden(teacher, teacher_ids, response_ids, prefix)
+            teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
-        hidden, _ = response_hidden(student, prompt_ids, response_ids)
+        hidden, targets = response_hidden(student, prompt_ids, response_ids)
+        assert torch.equal(targets, teacher_targets), "student and teacher must score the same response ids"
         # 3. Eq. 2, from the hidden states and the heads (V, D) without the rows that the tokenizer never uses.
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]
         kl, hidden_grad, head_grad = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, **how)
@@ -506,9 +507,8 @@ def evaluate(policy: Policy, cfg: Config, plan: dict[str, Phase]) -> tuple[dict,
     metrics = {"pass_rate": pass_rate(played), "reply_tokens": total["reply_tokens"] / total["turns"]}
     for name, variant in (("unseen", "unseen"), ("forgetting", "renamed")):
         metrics[f"{name}_pass_rate"] = pass_rate(deploy(policy, cfg, plan["probes"], variant=variant))
-    return metrics | {
-        f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")
-    }, played
+    rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
+    return {**metrics, **rates}, played
 
 
 def pass_rate(trajectories: list[dict]) -> float | None:
@@ -551,7 +551,7 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
     """Load a policy from a hub name or a folder: safetensors only, no remote code. Options as in Config."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        how = {"dtype": torch.float32, "attention_dropout": 0.0, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
         check_supported(model.config)
         prompts.chat_ids(tokenizer, "OEL", thinking)  # raises what is wrong with the chat template
@@ -857,13 +857,13 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     require(cfg.context != "raw" or not cfg.experience, "--context raw takes no --experience")
     require(cfg.distill == "on-policy" or not cfg.kl_top_k, "--kl-top-k needs --distill on-policy")
     logs = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else []
-    require(logs or not cfg.logs, f"--logs {cfg.logs}: the file does not exist or is empty")
+    require(not cfg.logs or logs and Path(cfg.logs).is_file(), f"--logs {cfg.logs}: it is empty or no regular file")
     lessons = Path(cfg.experience).read_text("utf-8", "replace").strip() if cfg.experience else ""
-    good = lessons and "\ufffd" not in lessons or not cfg.experience
-    require(good, f"--experience {cfg.experience} is empty or not UTF-8; it should hold lessons")
+    good = not cfg.experience or Path(cfg.experience).is_file() and lessons and "\ufffd" not in lessons
+    require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
     if not cfg.logs:
         make_game(cfg)
-    files = [file for file in (cfg.logs, cfg.experience, *sorted(Path(cfg.model).glob("*.safetensors"))) if file]
+    files = [file for file in (cfg.logs, cfg.experience, *sorted(Path(cfg.model).glob("*.[sj]*"))) if file]
     new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}
     try:  # an option that is newer than the run has its default
         old = {**new, **dataclasses.asdict(Config()), **json.loads((out / "config.json").read_text())}
@@ -879,7 +879,7 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
 def recorded(path: Path, stage, *args) -> list:
     """Run a stage once; always return what its record holds: a JSONL file, or a folder of lists of lessons."""
     status["phase"] = f"{path.parent.name}, {path.stem}".replace("round", "round ", 1)
-    if not path.exists() or not (any(path.iterdir()) if path.is_dir() else path.read_bytes()):
+    if not path.exists() or not (any(path.glob("*.txt")) if path.is_dir() else path.read_bytes()):
         result = stage(*args)
         if path.suffix:
             write_jsonl(path, result)
@@ -888,7 +888,7 @@ def recorded(path: Path, stage, *args) -> list:
                 part.mkdir()
                 for i, text in enumerate(result):
                     (part / f"{i:02}.txt").write_text(text + "\n", encoding="utf-8")
-    return read_jsonl(path) if path.is_file() else [f.read_text("utf-8") for f in sorted(path.iterdir())]
+    return read_jsonl(path) if path.is_file() else [f.read_text("utf-8") for f in sorted(path.glob("*.txt"))]
 
 
 def add_row(path: Path, row: dict) -> None:
@@ -951,14 +951,14 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line. An error that the user can fix is one line on stderr, with exit code 2."""
     cfg = parse_args(argv)
-    print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
     logging.disable_progress_bar()  # those of transformers, one for every file it opens; ours stay
     try:
+        print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
         with tempfile.TemporaryDirectory() as scratch:
             run(dataclasses.replace(cfg, out=f"{scratch}/run") if cfg.smoke else cfg)
         if cfg.smoke:
             print("ok")
-    except (UsageError, FloatingPointError, UnicodeDecodeError, OSError, torch.OutOfMemoryError) as error:
+    except (UsageError, FloatingPointError, UnicodeError, OSError, torch.OutOfMemoryError) as error:
         busy = f"{cfg.out} is in use by another run: let it end, or choose another --out"
         print(f"oel.py: error: {busy if isinstance(error, TimeoutError) else error}", file=sys.stderr)
         sys.exit(2)

@@ -135,7 +135,7 @@ def message_text(message: dict, name: str) -> str:
     parts = content if isinstance(content, list) else [{"text": "" if content is None and calls else content}]
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
         raise TypeError(f'{name} has no text under "content", or a part that is no text, such as an image')
-    calls = [json.dumps(call, ensure_ascii=False) for call in calls]
+    calls = [json.dumps(call, ensure_ascii=False) for call in (calls if isinstance(calls, list) else [calls])]
     return "\n".join([part["text"] for part in parts if part["text"] or not calls] + calls)
 
 

@@ -1,17 +1,20 @@
 """Tests of what goes wrong around a run: games that fail, folders and files that changed, options that clash."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 import oel
 import prompts
-from extras.testing import arguments, files_in, logs, small
+from extras.testing import arguments, consolidated, files_in, load, logs, small
 
 pytest_plugins = ["extras.testing"]
 
@@ -214,3 +217,146 @@ def test_ctrl_c_in_a_smoke_run_promises_nothing(folder, tmp_path, monkeypatch, c
         oel.main(["--smoke", "--model", folder, "--out", str(tmp_path / "run")])
     err = capsys.readouterr().err
     assert stop.value.code == 130 and "stopped in round 0, evaluation" in err and "continues" not in err
+
+
+# --- what an attack found -----------------------------------------------------------------------------------
+def copied(folder, to: Path, **changes) -> Path:
+    """A copy of a policy's folder, with other values in its config.json."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, **changes}))
+    return to
+
+
+def test_a_model_is_trained_without_dropout(folder, tmp_path):
+    """Catches: dropout of a config, which would disturb the student alone."""
+    policy = load(copied(folder, tmp_path / "model", attention_dropout=0.5))
+    (row,) = consolidated(policy, small(steps=1), experiences=None)
+    assert abs(row["loss"]) < 1e-6 and not policy.model.config.attention_dropout
+
+
+def test_settings_of_a_model_that_changed_are_noticed(folder, lessons, tmp_path):
+    """Catches: a rotary base or stop ids that are others when the run goes on."""
+    cfg = small(model=copied(folder, tmp_path / "model"), out=tmp_path / "run", rounds=0, experience=lessons)
+    oel.run(cfg)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
+    with pytest.raises(oel.UsageError, match="model/config.json was"):
+        oel.run(cfg)
+
+
+def test_one_folder_has_one_lock_by_whatever_name(folder, lessons, tmp_path):
+    """Catches: a second run in the same folder, by way of a link."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with FileLock(f"{(tmp_path / 'run').resolve()}.lock"), pytest.raises(TimeoutError):
+        oel.run(small(model=folder, out=tmp_path / "link", rounds=0, experience=lessons))
+
+
+def test_a_pipe_is_no_file(folder, tmp_path):
+    """Catches: logs or lessons that are read once and then compared, or read again, as if they were empty."""
+    for name, text in (("logs", json.dumps(logs(1)[0])), ("experience", "X loses.")):
+        end, start = os.pipe()
+        os.write(start, text.encode())
+        os.close(start)
+        with pytest.raises(oel.UsageError, match=f"--{name} /dev/fd"):  # what a shell makes of <(command)
+            oel.run(small(model=folder, out=tmp_path / "run", **{name: f"/dev/fd/{end}"}))
+        os.close(end)
+
+
+def test_a_backup_of_a_list_is_no_list(killed, tmp_path):
+    """Catches: one more list of lessons, which an editor left behind."""
+    (tmp_path / "run/round2/experience/00.txt~").write_text("X wins.")
+    found = oel.recorded(tmp_path / "run/round2/experience", None)
+    assert found == [(tmp_path / "run/round2/experience/00.txt").read_text()]
+
+
+def test_a_state_of_another_model_is_refused(policy, tmp_path):
+    """Catches: a bare traceback of torch's about sizes or groups."""
+    other = [torch.zeros(3)]
+    torch.save({"step": 1, "master": other, "optimizer": torch.optim.AdamW(other).state_dict()}, tmp_path / "step.pt")
+    with pytest.raises(oel.UsageError, match="step.pt is damaged"):
+        consolidated(policy, small(), state=tmp_path / "step.pt")
+
+
+def test_a_folder_that_no_text_can_name_is_refused_at_once(folder, tmp_path, capsys):
+    """Catches: a round that is played and trained, and can then not be saved."""
+    with pytest.raises(SystemExit) as stop:
+        oel.main(arguments(small(model=folder, out=f"{tmp_path}/o\udcff")))
+    assert stop.value.code == 2 and not list(tmp_path.iterdir()) and "surrogates" in capsys.readouterr().err
+
+
+def test_a_tool_call_that_is_no_list_is_kept_whole():
+    """Catches: the keys of a call, or the letters of a text, in place of the call."""
+    for call in ({"name": "go", "arguments": "up"}, "go up"):
+        (turn,) = prompts.chat_turns([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": call}])
+        assert json.loads(turn["response"]) == call
+
+
+def test_the_in_context_rate_is_that_of_its_round(whole, tmp_path, monkeypatch):
+    """Catches: the rate of the round before."""
+    for r in (1, 2):
+        oel.write_jsonl(tmp_path / f"round{r}/in_context.jsonl", [{"outcome": {"won": r == 2}}])
+    monkeypatch.setattr(oel, "evaluate", lambda *_: ({"pass_rate": 0.0}, []))
+    for r in (1, 2):
+        oel.measure(None, whole, r, whole.steps, tmp_path, 0.0)
+        assert oel.read_jsonl(tmp_path / "metrics.jsonl")[-1]["in_context_pass_rate"] == (r == 2)
+
+
+def test_raw_logs_are_shown_as_reasoning_says(policy):
+    """Catches: --context raw that shows the reasoning although it is told not to."""
+    played = [{"id": "", "turns": [{"prompt": "P", "response": "<think>why</think>[up]", "feedback": "F"}]}]
+    for reasoning in (True, False):
+        (text,) = oel.extract(policy, small(context="raw", reasoning=reasoning, experience_budget=900), played, None)
+        assert ("why" in text) == reasoning and "[up]" in text
+
+
+def test_another_extractor_is_loaded_as_the_policy_is(folder, policy, monkeypatch):
+    """Catches: --dtype or --no-thinking that does not reach the model that writes the lessons."""
+    cfg, made = small(extractor=folder, dtype="bfloat16", thinking=False, smoke=True), []
+    monkeypatch.setattr(oel, "load_policy", lambda *args, **how: made.append((args, how)) or policy)
+    oel.extract(policy, cfg, logs(2), oel.Phase([], 0, nucleus=True))
+    assert made == [((folder, policy.model.device, False, "bfloat16"), {"offload": True})]
+
+
+def test_both_the_models_and_the_tokenizers_stop_ids_stop(folder, tmp_path):
+    """Catches: a reply that runs on over the end that only one of the two files names."""
+    path = copied(folder, tmp_path / "model")
+    (path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    policy = load(path)
+    assert policy.stop_ids == {5, policy.tokenizer.eos_token_id}
+
+
+def test_a_resumed_model_is_brought_up_to_date(folder, tmp_path):
+    """Catches: bf16 weights that stay behind the float32 ones that a saved state holds."""
+    cfg, path = small(steps=3, dtype="bfloat16"), tmp_path / "step.pt"
+    whole, part = (load(folder, dtype="bfloat16") for _ in range(2))
+    rows = consolidated(whole, cfg)
+    with pytest.raises(KeyboardInterrupt):
+        consolidated(part, cfg, state=path, stop_at=3)
+    resumed = consolidated(load(folder, dtype="bfloat16"), cfg, state=path)
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in rows[2:]]
+
+
+def test_own_logs_are_trained_on_in_their_order(folder, lessons, tmp_path):
+    """Catches: logs that are shifted, or prompts whose length counts without the lessons that come before them."""
+    own = logs(3)
+    oel.write_jsonl(tmp_path / "logs.jsonl", own)
+    cfg = small(
+        model=folder, out=tmp_path / "run", logs=tmp_path / "logs.jsonl", experience=lessons, batch_episodes=2
+    )
+    oel.run(cfg)
+    ids = [log["id"] for log in oel.read_jsonl(tmp_path / "run/round1/logs.jsonl")]
+    assert ids == [str(own[i % 3].get("id", "")) for i in range(4)] and len(set(ids)) == 3
+    context = load(folder).model.config.max_position_embeddings
+    monstrous = "Walk on. " * 300
+    (tmp_path / "long.txt").write_text(monstrous)
+    left = context - len(load(folder).encode(monstrous)) - 8
+    own[1]["turns"][0]["prompt"] = "word " * (left // 2)
+    assert len(load(folder).encode(own[1]["turns"][0]["prompt"])) + 8 < context
+    oel.write_jsonl(tmp_path / "logs.jsonl", own)
+    with pytest.raises(oel.UsageError, match="exceed a context"):
+        oel.run(
+            small(model=folder, out=tmp_path / "two", logs=tmp_path / "logs.jsonl", experience=tmp_path / "long.txt")
+        )
+    assert not (tmp_path / "two").exists(), "it is said before anything is played"
