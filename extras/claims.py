@@ -1,6 +1,6 @@
 """The paper's claims on the embedded policy: every run behind them, one table, one figure.
 
-    python extras/claims.py            three seeds of everything, some hours on two cores; goes on where it stopped
+    python extras/claims.py            three seeds of everything, some hours on two cores; continues where it stopped
     python extras/claims.py --quick    one seed, one short round of each: under ten minutes, and only a first look
 
 Each setting is an ordinary run of `oel.py` in its own folder under runs/claims/ (see RUNS), so anything can be looked

@@ -47,7 +47,7 @@ TRAJECTORY = {"id": str, "turns": [TURN], "outcome": {"won": bool, "reply_tokens
 
 
 class Problem(Exception):
-    """Something the user can mend, in one line."""
+    """Something the user can fix, in one line."""
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python extras/track.py runs/tiny-frozenlake-1 --to tensorboard
 
-follows metrics.jsonl and steps.jsonl until the run is finished. Ctrl-C stops it, and the same command goes on where it
+follows metrics.jsonl and steps.jsonl until the run is finished. Ctrl-C stops it, and the same command continues where it
 stopped. The x-axis counts the optimizer steps of all rounds. `tracked-NAME.json` in the run's folder lists the rows
 that were sent, by file, round and step. A row is listed before it is sent: a kill can lose the row that it meets,
 but no row is sent twice, not even one that a resumed run writes again.
