@@ -1,6 +1,4 @@
-"""FrozenLake and Sokoban as text, with the rules left out of what the player reads.
-
-This module knows nothing of models. A game is any class with
+"""FrozenLake and Sokoban as text, with the rules left out of what the player reads. A game is any class with
 
     reset(seed) -> str                 a fresh level (draw from Random(seed); never use seed % 3, see
                                        level_seeds); returns the first observation
@@ -37,9 +35,7 @@ def parse_action(reply: str, strict: bool = False) -> str | None:
     """The last bracketed action in a reply, as up, down, left or right; None if there is none.
     Strict mode looks only after the closing think tag, so a thought that was cut off makes no move."""
     if strict:
-        _, closed, reply = reply.rpartition("</think>")
-        if not closed:
-            return None
+        reply = reply.rpartition("</think>")[2] if "</think>" in reply else ""
     found = ACTION.findall(reply)
     return WASD.get(found[-1].lower(), found[-1].lower()) if found else None
 
@@ -49,13 +45,13 @@ class InvalidMove(Exception):
 
 
 class GridGame:
-    """What both games share: turns, invalid moves and the words of the feedback.
+    """What all games share: turns, invalid moves and the words of the feedback.
     A subclass has `new_level(pick, seed)`, `load(rows)`, `board()`, `render()`, and `move(direction)`, which
     returns (what happened, how the episode ended or "") and raises InvalidMove."""
 
     task = (
         "You are P on a grid and make one move a turn. Pick the action that reaches the goal in the fewest "
-        "steps.\nActions: [up] [down] [left] [right], or [w] [a] [s] [d]. "
+        "steps. The last board is the current one.\nActions: [up] [down] [left] [right], or [w] [a] [s] [d]. "
         "End your reply with one action in square brackets."
     )
 
@@ -73,26 +69,23 @@ class GridGame:
     def from_board(cls, rows: list[str], **options):
         """A game on a given board, one symbol a cell, `P` the player. ValueError if the board is no board."""
         game = cls(**options)
-        if not rows or any(not isinstance(row, str) or not row or len(row) != len(rows[0]) for row in rows):
-            raise ValueError(f"a board is a list of equally long strings, one symbol a cell, not {rows!r}")
-        if "".join(rows).count("P") != 1:
-            raise ValueError(f"a board has exactly one player P: {rows!r}")
+        even = rows and all(isinstance(row, str) and row and len(row) == len(rows[0]) for row in rows)
+        if not even or "".join(rows).count("P") != 1:
+            raise ValueError(f"a board is a list of equally long strings with exactly one player P, not {rows!r}")
         game.load(rows)
         return game
 
     @classmethod
     def renamed(cls, seed: int, strict: bool = False):
         """The same game with letters that it does not use itself, drawn by the seed."""
-        rng = random.Random(seed)
-        letters = sorted(set(LETTERS) - {letter for _, letter in cls.things})
-        letters.sort(key=lambda _: rng.random())
-        return cls(**{thing: letters.pop() for thing, _ in cls.things}, strict=strict)
+        rng, used = random.Random(seed), "".join(own for _, own in cls.things)
+        letters = sorted([x for x in LETTERS if x not in used], key=lambda _: rng.random())
+        return cls(**{thing: "".join(letters.pop() for _ in own[:3]) for thing, own in cls.things}, strict=strict)
 
     def reset(self, seed: int) -> str:
         """Start the level of this seed and return the first observation."""
-        # Of Python's generators only random() is promised to give the same numbers in every version.
-        draw = random.Random(seed).random
-        self.load(self.new_level(lambda items: items[int(draw() * len(items))], seed))
+        draw = random.Random(seed).random  # the one method whose numbers every Python keeps; one item needs none
+        self.load(self.new_level(lambda xs: xs[int(draw() * len(xs))] if len(xs) > 1 else xs[0], seed))
         self.start_episode()
         return self.observation()
 
@@ -107,7 +100,7 @@ class GridGame:
         direction = parse_action(reply, self.strict)
         try:
             if direction is None:
-                raise InvalidMove("there was no action in square brackets")
+                raise InvalidMove("none of the actions was in square brackets")
             text, ended = self.move(direction)
             self.invalid_in_a_row = 0
         except InvalidMove as reason:
@@ -123,16 +116,16 @@ class GridGame:
 
 
 class FrozenLake(GridGame):
-    """Walk from the top left to the goal at the bottom right; stepping on a hole loses. `hole` and `goal` are
-    letters; several in one string all mean the same. Any other letter on a board is harmless."""
+    """Walk from the top left to the goal at the bottom right; stepping on a hole loses. Of several letters for a
+    thing, each one on a board is drawn at random. Letters without a meaning are harmless."""
 
     things = (("hole", "H"), ("goal", "G"))
 
-    def __init__(self, size=3, num_holes=2, max_turns=5, hole="H", goal="G", strict=False):
-        super().__init__(max_turns, strict, hole, goal)
-        if size < 2 or not 0 <= num_holes <= (size - 1) ** 2:  # an L of 2 * size - 1 free cells always fits
+    def __init__(self, size=3, num_holes=2, max_turns=5, hole="H", goal="G", harmless="", strict=False):
+        super().__init__(max_turns, strict, hole, goal, *harmless)
+        if size < 2 + bool(harmless) or not 0 <= num_holes <= (size - 1) ** 2:  # an L of free cells always fits
             raise ValueError(f"no {size}x{size} board with {num_holes} holes and a sure path to the goal")
-        self.size, self.num_holes, self.hole, self.goal = size, num_holes, hole, goal
+        self.size, self.num_holes, self.hole, self.goal, self.harmless = size, num_holes, hole, goal, harmless
 
     @classmethod
     def unseen(cls, strict=False):
@@ -141,18 +134,17 @@ class FrozenLake(GridGame):
 
     def rules(self) -> list[str]:
         """The rules in words. Only the forgetting probe and the reports ever show them."""
-        return [
-            f"{self.hole} is a hole. Stepping on {self.hole} loses.",
-            f"{self.goal} is the goal. Stepping on {self.goal} wins.",
-        ]
+        holes = [f"{x} is a hole. Stepping on {x} loses." for x in self.hole]
+        goals = [f"{x} is the goal. Stepping on {x} wins." for x in self.goal]
+        return holes + goals + [f"{x} is harmless. Stepping on {x} does nothing." for x in self.harmless]
 
     def new_level(self, pick, seed: int) -> list[str]:
         n = self.size
         while True:
             cells = [" "] * (n * n)
-            cells[0], cells[-1] = "P", self.goal[0]
-            for _ in range(self.num_holes):
-                cells[pick([i for i, cell in enumerate(cells) if cell == " "])] = self.hole[0]
+            cells[0], cells[-1] = "P", pick(self.goal)
+            for letters in [self.hole] * self.num_holes + [self.harmless] * (2 if self.harmless else 0):
+                cells[pick([i for i, cell in enumerate(cells) if cell == " "])] = pick(letters)
             rows = ["".join(cells[i : i + n]) for i in range(0, n * n, n)]
             if self.solvable(rows):
                 return rows
@@ -188,13 +180,27 @@ class FrozenLake(GridGame):
     def move(self, direction: str) -> tuple[str, str]:
         r, c = self.player[0] + MOVES[direction][0], self.player[1] + MOVES[direction][1]
         if r not in range(len(self.cells)) or c not in range(len(self.cells[0])):
-            raise InvalidMove(f"there is no cell {direction} of you")
+            raise InvalidMove(f"{direction} leads off the board")
         self.player, ended = (r, c), ""
         if self.cells[r][c] in self.hole:
             ended = "You fell into a hole. The episode failed."
         elif self.cells[r][c] in self.goal:
             self.won, ended = True, "You reached the goal. The episode succeeded."
         return f"You moved {direction} to ({r},{c}).", ended
+
+
+class BigLake(FrozenLake):
+    """A lake with ten letters for holes and four for harmless things. A fall ends the episode: one letter learned."""
+
+    things = (("hole", "HKMQTVBCDJ"), ("goal", "G"), ("harmless", "EFLN"))
+
+    def __init__(self, size=4, num_holes=4, max_turns=8, **options):
+        super().__init__(size, num_holes, max_turns, **{**dict(self.things), **options})
+
+    @classmethod
+    def unseen(cls, strict=False):
+        """3x3 with two holes and two harmless things, never trained on."""
+        return cls(size=3, num_holes=2, max_turns=5, strict=strict)
 
 
 class Sokoban(GridGame):
@@ -216,9 +222,8 @@ class Sokoban(GridGame):
         ]
 
     def new_level(self, pick, seed: int) -> list[str]:
-        """A room with one box, up to three inner walls, and a shortest solution of 1 to 5 moves.
-        The length goes round with the seed, so that all five have equal shares of the levels. A room belongs
-        to one split, by its checksum: no held-out room is ever played to learn from."""
+        """A room with one box, up to three inner walls, and a shortest solution of 1 to 5 moves, each as often.
+        A room belongs to one split, by its checksum: no held-out room is ever played to learn from."""
         n, wanted = self.size, 1 + seed // len(SPLITS) % 5
         inside = [(r, c) for r in range(1, n - 1) for c in range(1, n - 1)]
         while True:
@@ -243,14 +248,9 @@ class Sokoban(GridGame):
 
     def board(self) -> list[str]:
         """The rows, one symbol a cell; `√` is a box on a target, and the player hides what is under it."""
-
-        def symbol(cell):
-            if cell in self.boxes:
-                return "√" if cell in self.targets else self.box
-            on = {cell in self.targets: self.target, cell in self.walls: "#", cell == self.player: "P"}
-            return on.get(True, "_")
-
-        return ["".join(symbol((r, c)) for c in range(self.shape[1])) for r in range(self.shape[0])]
+        cells = dict.fromkeys(self.targets, self.target) | dict.fromkeys(self.walls, "#") | {self.player: "P"}
+        cells |= {box: "√" if box in self.targets else self.box for box in self.boxes}
+        return ["".join(cells.get((r, c), "_") for c in range(self.shape[1])) for r in range(self.shape[0])]
 
     def render(self) -> str:
         return "\n".join(" ".join(row) for row in self.board())
@@ -289,7 +289,7 @@ class Sokoban(GridGame):
         return f"You moved {direction} to ({self.player[0]},{self.player[1]}){push}.", ended
 
 
-GAMES = {"frozenlake": FrozenLake, "sokoban": Sokoban}
+GAMES = {"frozenlake": FrozenLake, "biglake": BigLake, "sokoban": Sokoban}
 
 
 @functools.cache  # the file of a user's own game runs once

@@ -18,8 +18,7 @@ experience e. The teacher, the same model frozen at the start of the round, scor
 
     L(theta) = E_{x ~ logs, y ~ pi_theta(.|x)} mean_t KL(pi_theta(.|x, y_<t) || pi_teacher(.|e, x, y_<t))  (Eq. 2)
 
-We take the mean over all response tokens of a step at once, so each token counts the same. Both logits are divided
-by the temperature of sampling. No gradient flows through the sampling of y.
+The mean is over all response tokens of a step. Both logits are divided by the temperature. Sampling has no gradient.
 
 Shapes: B batch, T sequence, V vocabulary, D width, N response tokens of a batch, R rows of the KV cache.
 """
@@ -30,10 +29,10 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -67,7 +66,7 @@ class Config:
     """The options of the command line. The defaults: the paper's for Qwen3-1.7B, and an exact KL."""
 
     model: str = option(str(TINY), "hub name or folder of the policy")
-    env: str = option("frozenlake", "frozenlake, sokoban, or a class of your own as FILE.py:CLASS")
+    env: str = option("frozenlake", "frozenlake, biglake, sokoban, or a class of your own as FILE.py:CLASS")
     logs: str = option("", "JSONL file of trajectories to learn from; then nothing is played")
     out: str = option("", "run folder (default: runs/MODEL-ENV-SEED)")
     seed: int = option(1, "seed of everything that is random")
@@ -110,19 +109,19 @@ class Config:
     graphs: bool = option(False, "on CUDA, replay decode steps as graphs (not tried on a GPU yet)")
 
 
-# The paper's settings by model (its appendix), and ours for the embedded policy. They hold for both games.
+# Settings by model: the paper's (its 4B-Instruct plays Sokoban alone, the others FrozenLake alone), and ours.
 ITEMS = {"form": "items", "previous": True, "experience_budget": 8192, "lr": 1e-6, "micro_tokens": 32768}
 PRESETS = {
     "Qwen3-1.7B": {},
     "Qwen3-4B": {**ITEMS, "episodes": 25},
     "Qwen3-8B": {**ITEMS, "episodes": 50, "steps": 100},
     "Qwen3-4B-Instruct-2507": {**ITEMS, "thinking": False, "episodes": 50, "steps": 100},
-    "tiny": {"form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256, "lists": 5,
-             "episodes": 6, "steps": 12, "batch_episodes": 16, "lr": 3e-4, "adam_eps": 1e-4, "checkpointing": False},
+    "tiny": {"env": "biglake", "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
+             "lists": 5, "episodes": 6, "steps": 12, "batch_episodes": 10, "lr": 3e-4, "adam_eps": 1e-4,
+             "checkpointing": False},
 }  # fmt: skip
 SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,
          "experience_budget": 32, "eval_games": 4, "probe_games": 4}  # fmt: skip
-MAY_BE_ZERO = ["seed", "rounds", "top_k", "weight_decay", "lr"]  # and whatever is 0 by default
 
 
 class UsageError(ValueError):
@@ -155,7 +154,8 @@ def run(cfg: Config) -> list[dict]:
         policy = load_policy(str(out / f"round{done}/model") if done else cfg.model, device, *how)
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
         early = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # refused before play
-        check_fits(policy.model, max(cfg.experience_budget, *(len(policy.encode(x)) for x in early)), cfg.reply_limit)
+        budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
+        check_fits(policy.model, budget + max(len(policy.encode(x)) for x in early), cfg.reply_limit)
         with atomic(out / "config.json") as part:
             part.write_text(json.dumps(settings, indent=2) + "\n")
         if cfg.logs:  # the user's logs take the place of what deploy would record
@@ -208,6 +208,8 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
             recorded(folder / "in_context.jsonl", deploy, policy, cfg, plan["probes"], lists)
         # 1. again. Play other levels; each of their prompts will be trained on once.
         logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, plan["games to train on"])
+        whole = len(logs) == cfg.steps * cfg.batch_episodes and all(map(str.strip, lists or []))
+        require(whole, f"{folder}: logs.jsonl or experience/ was cut: remove it, and it is made again")
         # 3. Train until the policy plays without the lessons as it would with them.
         status["phase"] = f"round {r}, consolidation"
         consolidate(policy, cfg, logs, lists, plan["training"], folder / "state/step.pt", on_step)
@@ -252,15 +254,16 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
     counts = {"reply_tokens": 0, "truncated": 0, "unclosed": 0}
     with game_errors(where):
         observations = [prompts.checked_text(game.reset(level))]
+        task = prompts.checked_text(getattr(game, "task", ""))
     while not done and len(turns) < max_turns:
-        prompt = prompts.play_prompt(getattr(game, "task", ""), observations)
+        prompt = prompts.play_prompt(task, observations)
         message = prompt if experience is None else prompts.with_experience(prompt, experience)
         response = yield Request(policy.encode(message), reply_limit)
         reply = policy.decode(response.ids)
         with game_errors(f"{where}, turn {len(turns) + 1}"):
             feedback, done = game.step(reply)
             observations.append(prompts.checked_text(feedback))
-            won, counts["invalid"] = bool(game.won), int(getattr(game, "invalid_moves", 0))
+            won, done, counts["invalid"] = bool(game.won), bool(done), int(getattr(game, "invalid_moves", 0))
         turns.append({"prompt": prompt, "response": reply, "feedback": feedback})
         counts["reply_tokens"] += len(response.ids)
         counts["truncated"] += response.finish == "length"
@@ -289,9 +292,9 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
         games = games_in(file) if not file or Path(file).exists() else {}
         maker = getattr(games.get(name), variant, None) if variant else games.get(name)
         game = maker and maker(**({"seed": seed} if variant == "renamed" else {}))
-    require(name in games, f"--env {cfg.env}: no game {name}; choose from {', '.join(GAMES)}, or FILE.py:CLASS")
-    if game:
-        game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
+        if game:
+            game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
+    require(game or variant, f"--env {cfg.env}: no game {name}; choose from {', '.join(GAMES)}, or FILE.py:CLASS")
     return game
 
 
@@ -307,14 +310,13 @@ def sampling(policy: Policy, cfg: Config, phase: Phase, desc: str) -> dict:
 def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase) -> list[str]:
     """Write up to `cfg.lists` lists in parallel, each from its own share of the trajectories; drop empty ones."""
     if cfg.experience:
-        return [Path(cfg.experience).read_text("utf-8").strip()]
+        return [Path(cfg.experience).read_text("utf-8-sig").strip()]
     if cfg.extractor:
         policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=True)
     size = math.ceil(len(trajectories) / cfg.lists)  # `phases` repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
-        how = cfg.reasoning, cfg.experience_budget, policy.count_tokens
-        lists = [prompts.raw_experience(share, *how) for share in shares]
+        lists = [prompts.raw_experience(x, cfg.reasoning, cfg.experience_budget, policy.count_tokens) for x in shares]
     else:
         folds = [lesson_list(policy, cfg, share) for share in shares]
         lists = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
@@ -328,8 +330,7 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
     """Fold one list of lessons over trajectories (Eq. 1), as a generator. The list starts empty."""
     experience, budget = "", cfg.experience_budget
     for trajectory in trajectories:
-        known = experience if cfg.previous else ""
-        message = prompts.extraction_prompt(trajectory, known, cfg.form, cfg.reasoning)
+        message = prompts.extraction_prompt(trajectory, experience if cfg.previous else "", cfg.form, cfg.reasoning)
         response = yield Request(policy.encode(message), budget)
         lessons = prompts.parse_lessons(policy.decode(response.ids), cfg.form)
         experience = prompts.accumulate(experience, lessons, budget, policy.count_tokens)  # Eq. 1
@@ -402,7 +403,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         prompt_ids, teacher_ids, response_ids = zip(*batch)
         # 1. The teacher. A prefix that all share runs once. A control runs exactly like the student, for a KL of 0.
         whole = len(batch) == 1 or teacher_ids == prompt_ids
-        prefix = 0 if whole else prompts.common_prefix([x[:-1] for x in teacher_ids])  # the last id predicts
+        prefix = 0 if whole else prompts.common_prefix([x[:-1] for x in teacher_ids])  # one id is left to run
         with torch.no_grad():
             teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
@@ -436,17 +437,17 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     # The (N, V) logits never exist at once. Chunks of n positions reuse three (n, V) buffers, which hold in turn:
     #     a: logits, d, gradient by the logits     b: log p, p     c: log q, then q (forward) or p * d (reverse)
     buffers = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
+    products = buffers[0] if hs.dtype == exact else hs.new_empty(len(buffers[0]), round_up(len(ws), 64))[:, : len(ws)]
     for start in range(0, len(hs), chunk):
         rows = slice(start, start + chunk)
         a, b, c = buffers[:, : len(hs[rows])]
         for hidden, head, log_probs in ((hs, ws, b), (ht, wt, c)):
-            logits = torch.mm(hidden[rows], head.T, out=a if hidden.dtype == exact else None).to(exact)
+            logits = a.copy_(torch.mm(hidden[rows], head.T, out=products[: len(a)]))  # rows are aligned: fast in bf16
             torch.log_softmax(logits.div_(temperature), -1, out=log_probs)
         d, p = torch.sub(b, c, out=a), b.exp_()
         if direction == "forward":  # -sum_j q_j d_j, with the gradient p_j - q_j
-            q = c.exp_()
-            kl.append(-torch.linalg.vecdot(q, d))
-            grad = torch.sub(p, q, out=a)
+            kl.append(-torch.linalg.vecdot(c.exp_(), d))
+            grad = torch.sub(p, c, out=a)
         else:
             if top_k:  # with k = kept, the gradient is p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
                 kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
@@ -458,30 +459,28 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
             mean = torch.mul(p, d, out=c).sum(-1, keepdim=True)  # (n, 1)
             kl.append((mean + offset)[:, 0])
             grad = d.sub_(mean).mul_(p)
-        grad = grad.div_(temperature).to(hs.dtype)
+        grad = products[: len(a)].copy_(grad.div_(temperature))
         hidden_grad[rows] = grad @ ws
-        if head_grad is not None and grad.dtype == exact:
-            head_grad.addmm_(grad.T, hs[rows])
-        elif head_grad is not None:  # products of bf16 are summed in float32
-            head_grad.add_(grad.T @ hs[rows])
+        if head_grad is not None:
+            head_grad.add_(grad.T @ hs[rows])  # products of bf16 are summed in float32
     return torch.cat(kl), hidden_grad, head_grad
 
 
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], prefix: int = 0):
-    """Hidden states (N, D) from which the response tokens are predicted, and those tokens (N,). The mask comes from
+    """Hidden states (N, D) from which the response tokens are predicted, and those tokens (N,). Places come from
     lengths, so a sampled stop token is trained on. The first `prefix` tokens, equal in all prompts, run once."""
     decoder, cache = model.get_decoder(), None
+    there = {"device": model.device, "non_blocking": model.device.type == "cuda"}
     if prefix:
-        shared = torch.tensor([prompt_ids[0][:prefix]], device=model.device)
-        cache = decoder(input_ids=shared, use_cache=True).past_key_values
+        cache = decoder(input_ids=torch.tensor([prompt_ids[0][:prefix]]).to(**there), use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(prompt_ids))
     sequences = [prompt[prefix:] + reply for prompt, reply in zip(prompt_ids, response_ids, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in sequences], batch_first=True)  # (B, T)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (tokens, reply) in enumerate(zip(sequences, response_ids, strict=True)):
-        mask[row, len(tokens) - len(reply) - 1 : len(tokens) - 1] = True  # position t predicts token t + 1
-    hidden = decoder(input_ids=ids.to(model.device), past_key_values=cache, use_cache=prefix > 0)[0]
-    return hidden[mask.to(model.device)], ids.roll(-1, 1)[mask]  # (B, T, D) -> (N, D)
+    # In the flattened (B * T) ids, each response token is predicted at the place before its own.
+    ends = [row * ids.shape[1] + len(tokens) - 1 for row, tokens in enumerate(sequences)]
+    places = torch.tensor([i for end, reply in zip(ends, response_ids) for i in range(end - len(reply), end)])  # (N,)
+    hidden = decoder(input_ids=ids.to(**there), past_key_values=cache, use_cache=prefix > 0)[0]  # (B, T, D)
+    return hidden.flatten(0, 1).index_select(0, places.to(**there)), ids.flatten()[places + 1]
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
@@ -550,6 +549,7 @@ class Policy:
 def load_policy(source: str, device: torch.device, thinking=True, dtype="", offload=False) -> Policy:
     """Load a policy from a hub name or a folder: safetensors only, no remote code. Options as in Config."""
     try:
+        [json.loads(file.read_bytes()) for file in Path(source).glob("*.json")]  # or a damaged one may be ignored
         tokenizer = AutoTokenizer.from_pretrained(source)
         how = {"dtype": torch.float32, "attention_dropout": 0.0, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
@@ -558,7 +558,8 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         eos = getattr(model.generation_config, "eos_token_id", None)
         stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
         vocab_size, ids = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
-        require(not info["missing_keys"], f"its weights lack {sorted(info['missing_keys'])}")
+        finite = all(p.isfinite().all() for p in model.parameters())
+        require(finite and not any(info.values()), f"its weights lack or add something, or are not finite: {info}")
         require(vocab_size <= ids, f"its tokenizer has {vocab_size} ids, but its model only {ids}")
         require(stops and tokenizer.encode("OEL", add_special_tokens=False), "no stop token or no vocabulary")
     except Exception as error:  # noqa: BLE001 (whatever is wrong with the files)
@@ -586,13 +587,13 @@ def check_supported(config) -> None:
 def check_fits(model, prompt_len: int, reply_len: int) -> None:
     context = getattr(model.config, "max_position_embeddings", math.inf)
     fits = min(prompt_len, reply_len) > 0 and prompt_len + reply_len <= context
-    require(fits, f"{prompt_len} tokens of prompt or lessons + {reply_len} of reply exceed a context of {context}")
+    require(fits, f"{prompt_len} tokens of prompt and lessons + {reply_len} of reply exceed a context of {context}")
 
 
 def find_device(name: str = "") -> torch.device:
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # mps, ...
     kind, colon, index = name.partition(":")
-    known = not colon or index.isdigit() and (kind == "cpu" or int(index) < torch.accelerator.device_count())
+    known = not colon or index in map(str, range(1 if kind == "cpu" else torch.accelerator.device_count()))
     require(kind in ("", "cpu", best) and known, f"--device {name} is not available; the best one is {best}")
     return torch.device(name or best)
 
@@ -634,13 +635,11 @@ class Sampler:
     depends on (seed, which generator, which of its requests) alone. UsageError if a request exceeds the context."""
 
     def __init__(self, model, generators, bar, *, stop_ids, seed=0, rows=0, vocab_size=None, graphs=False, **picking):
-        self.model, self.generators, self.bar = model, generators, bar
-        self.stop_ids, self.seed, self.graphs = stop_ids, seed, graphs
+        self.model, self.generators, self.bar, self.vocab_size = model, generators, bar, vocab_size
+        self.stop_ids, self.seed, self.graphs, self.cuda = stop_ids, seed, graphs, model.device.type == "cuda"
         self.pick = functools.partial(pick, **picking)  # temperature, top_k, top_p
-        self.head = model.get_output_embeddings().weight[:vocab_size]
-        self.cuda = model.device.type == "cuda"
-        self.results = [None] * len(generators)
-        self.waiting = []  # jobs without a row; the last is next in line
+        self.head = model.get_output_embeddings().weight[: vocab_size and round_up(vocab_size, 64)]
+        self.results, self.waiting = [None] * len(generators), []  # waiting: jobs without a row, the next one last
         self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # row_len: tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
@@ -736,17 +735,17 @@ class Sampler:
             lengths = np.array(assigned)[:, 0]  # rising
             fits = lengths * range(1, len(lengths) + 1) <= np.minimum(1.1 * lengths.cumsum() + 64, 16384)
             n = max(1, int(fits.cumprod().sum()))
-            unread, known = [], []
+            packed = []  # of each prompt: tokens copied, row, length, noise key, and the ids to run
             for _, shared, row in assigned[:n]:
-                owner, turn, request, _ = self.rows[row]
-                cache.prompts[row] = request.prompt_ids + [-1] * (cache.length - len(request.prompt_ids))
-                unread.append(torch.tensor(request.prompt_ids[shared:]))
-                known.append((len(request.prompt_ids), derive_seed(self.seed, owner, turn)))
-            ids = torch.nn.utils.rnn.pad_sequence(unread, batch_first=True).to(device)  # (B, t)
-            _, start, rows = torch.tensor(assigned[:n], device=device).T
-            cache.state[2:, rows] = torch.tensor(known, device=device).T  # prompt length, noise key
-            last, reach = cache.prompt_len[rows] - start - 1, round_up(max(known)[0], 8)
-            self.forward(rows, ids, start, last, reach)
+                owner, turn, (ids, _), _ = self.rows[row]
+                cache.prompts[row] = ids + [-1] * (cache.length - len(ids))
+                noise = derive_seed(self.seed, owner, turn)
+                packed.append(torch.tensor([shared, row, len(ids), noise, *ids[shared:]]))
+            reach = round_up(max(int(x[2]) for x in packed), 8)
+            packed = torch.nn.utils.rnn.pad_sequence(packed, batch_first=True).to(device, non_blocking=self.cuda)
+            start, rows, lengths = packed.T[:3]
+            cache.state[2:, rows] = packed.T[2:4]  # prompt length, noise key
+            self.forward(rows, packed[:, 4:], start, lengths - start - 1, reach)
             assigned = assigned[n:]
 
     def decode(self) -> None:
@@ -782,7 +781,7 @@ class Sampler:
         hidden = self.model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
         cache.used[rows] = start + last + 1
         key = mix(cache.noise[rows] + (cache.used[rows] - cache.prompt_len[rows]) * 0x632BE5AB)
-        logits = hidden[torch.arange(B, device=device), last] @ self.head.T  # (B, V)
+        logits = (hidden[torch.arange(B, device=device), last] @ self.head.T)[:, : self.vocab_size]  # (B, V)
         cache.token[rows] = self.pick(logits, key)
 
 
@@ -858,16 +857,17 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     require(cfg.distill == "on-policy" or not cfg.kl_top_k, "--kl-top-k needs --distill on-policy")
     logs = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else []
     require(not cfg.logs or logs and Path(cfg.logs).is_file(), f"--logs {cfg.logs}: it is empty or no regular file")
-    lessons = Path(cfg.experience).read_text("utf-8", "replace").strip() if cfg.experience else ""
+    lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if cfg.experience else ""
     good = not cfg.experience or Path(cfg.experience).is_file() and lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
     if not cfg.logs:
         make_game(cfg)
-    files = [file for file in (cfg.logs, cfg.experience, *sorted(Path(cfg.model).glob("*.[sj]*"))) if file]
+    files = [file for file in (cfg.logs, cfg.experience) if file]
+    files += [file for folder in filter(None, (cfg.model, cfg.extractor)) for file in Path(folder).glob("*.[sj]*")]
     new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}
     try:  # an option that is newer than the run has its default
         old = {**new, **dataclasses.asdict(Config()), **json.loads((out / "config.json").read_text())}
-    except (OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError, RecursionError):
         require(not any(out.glob("round*")), f"{out}/config.json is missing or damaged: choose another --out")
         old = new
     names = sorted({*old, *new} - {"out", "rounds", "device"})  # a run may move, and go on for more rounds
@@ -918,6 +918,9 @@ def atomic(path: Path):
     discard(temporary)
     try:
         yield temporary
+        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+            with file.open("rb+") as data:
+                os.fsync(data.fileno())  # on disk before it takes the name, or a power cut may leave it empty
         temporary.replace(path)
     except Exception as error:  # torch and safetensors raise errors of their own for a full disk
         raise OSError(f"{path} was not written ({error}); what was there before is kept") from error
@@ -978,10 +981,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
             kind = {"action": argparse.BooleanOptionalAction}
         about = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=about, **kind)
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags.values(), n=1)
-        parser.error(f"unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    typed = parser.parse_args(argv)
     name = Path(getattr(typed, "model", TINY)).name
     if name not in PRESETS:
         print(f"no preset for {name}: using the settings of Qwen3-1.7B")
@@ -989,9 +989,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
     cfg.rounds = 1 if cfg.logs else cfg.rounds
     cfg.out = cfg.out or f"runs/{name}-{Path(cfg.logs or cfg.env.split(':')[-1]).stem}-{cfg.seed}"
     for f, flag in flags.items():
-        value, zero_ok = getattr(cfg, f.name), f.default == 0 or f.name in MAY_BE_ZERO
-        most = 1 if f.name in ("top_p", "lr", "weight_decay") else 10**9
-        if type(f.default) in (int, float) and not (0 < value <= most or value == 0 and zero_ok):
+        value, most = getattr(cfg, f.name), 1 if f.name in ("top_p", "lr", "weight_decay") else 10**9
+        zero_ok = not f.default or f.name in ("seed", "rounds", "top_k", "weight_decay", "lr")
+        if type(f.default) in (int, float) and not (1e-30 < value <= most or value == 0 and zero_ok):
             parser.error(f"{flag} is {value}: it must be {'0 or more' if zero_ok else 'more than 0'}, {most} at most")
     return cfg
 

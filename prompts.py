@@ -12,7 +12,8 @@ import re
 
 MARKER = "- EXPERIENCE ITEM:"
 # Models decorate their lists: "* **EXPERIENCE ITEM 2:** text" and "2. Experience item: text" are items too.
-ITEM = re.compile(r"[\W\d_]*EXPERIENCE ITEM[\W\d_]*?:(.*)", re.IGNORECASE)
+ITEM = re.compile(r"(?i)(?:(?:^|(?<=[.;!?]))\s*\d+[.)])?[\s*_`#>•-]{0,20}EXPERIENCE[ _]ITEM[\W\d_]{0,20}?[:：][*_`]*")
+NOTES = "Notes from earlier episodes, which may be incomplete or wrong:\n{}\nEnd of the notes."
 
 
 # --- playing ----------------------------------------------------------------------------------------------
@@ -26,7 +27,7 @@ def with_experience(prompt: str, experience: str) -> str:
     It stands first, so that its keys and values can be computed once for many prompts. ValueError if it is empty."""
     if not experience.strip():
         raise ValueError("the experience is empty: there is nothing for the teacher to know")
-    return f"What you learned in earlier episodes:\n{experience.strip()}\n\n{prompt}"
+    return f"{NOTES.format(experience.strip())}\n\n{prompt}"
 
 
 def as_items(lessons: list[str]) -> str:
@@ -36,15 +37,15 @@ def as_items(lessons: list[str]) -> str:
 
 # --- extraction -------------------------------------------------------------------------------------------
 EXTRACT = (
-    "Here is the log of one episode. Find out what it teaches that will hold in other episodes too, on any "
-    "board: what a symbol is, what an action does, what wins and what loses. Leave out what is true of this "
-    "board alone."
+    "Below is the log of one episode: a task, the replies to it, and what came back. Find out what it teaches that "
+    "will hold in other episodes too: what a symbol means, what an action does, what is wanted, what leads to "
+    "success and what to failure. Leave out what is true of this episode alone."
 )
 FORMS = {
     "items": f"Write every lesson on a line of its own, as a short sentence in this form:\n{MARKER} <lesson>",
-    "free": "Write the lessons down in plain words, each on a line of its own.",
+    "free": "Write the lessons in plain words, each on a line of its own, and nothing else.",
 }
-PREVIOUS = "You know this already; add what is new, and correct what is wrong:"
+PREVIOUS = "Write only what these notes do not say yet, and correct what they say wrong."
 
 
 def answer(reply: str) -> str:
@@ -53,36 +54,33 @@ def answer(reply: str) -> str:
 
 
 def transcript(trajectory: dict, reasoning: bool = True) -> str:
-    """A trajectory as the extractor sees it: the first prompt, then replies and what the game said to them.
-    With `reasoning` the replies are shown in full, as in the paper; without, their answers. "outcome" is not."""
+    """The log that the extractor reads. Without `reasoning` each reply is cut to its answer; the paper shows all."""
     parts = [trajectory["turns"][0]["prompt"]]
     for i, turn in enumerate(trajectory["turns"], 1):
         reply = turn["response"].strip() if reasoning else answer(turn["response"])
-        parts += [f"Reply {i}: {reply}", turn["feedback"]]
+        parts += [f"Reply {i}: {reply}", f"What came back: {turn['feedback'] or 'nothing'}"]
     return "\n\n".join(parts)
 
 
 def extraction_prompt(trajectory: dict, previous="", form="items", reasoning: bool = True) -> str:
-    """The user message that asks for the lessons of one episode. `previous` is the experience so far (E_{i-1} of the
-    paper), `form` is "items" or "free". The instructions, the same for every episode, stand first."""
-    known = [PREVIOUS, previous.strip()] if previous.strip() else []
-    log = ["The log:", transcript(trajectory, reasoning), "Now write the lessons."]
+    """The user message that asks for the lessons of an episode; `previous` is the list so far (E_{i-1}), or ""."""
+    known = [NOTES.format(previous.strip()), PREVIOUS] if previous.strip() else []
+    log = ["The log:", transcript(trajectory, reasoning), "End of the log. Now write the lessons."]
     return "\n\n".join([EXTRACT, FORMS[form], *known, *log])
 
 
 def parse_lessons(reply: str, form: str = "items") -> str:
-    """The lessons in an extractor's reply, a line each; "" if there are none. Items are the lines that carry the
-    marker, brought into one form. Free-form lessons are all lines of the answer. The placeholder is no lesson."""
+    """The lessons in an extractor's reply, a line each; "" if there are none. An item is what follows a marker, up to
+    the next one or the end of the line. Free-form lessons are all lines that have a word. The placeholder is none."""
     if form == "free":
-        lines = [line.strip() for line in answer(reply).splitlines()]
-        return "\n".join(line for line in lines if line not in ("", "<think>"))
-    items = [item[1].strip(" \t*_`") for line in answer(reply).splitlines() if (item := ITEM.match(line))]
-    return as_items([item for item in items if item and "<lesson>" not in item])
+        lines = (line.strip() for line in answer(reply).splitlines())
+        return "\n".join(line for line in lines if not re.fullmatch(r"\W*|<think>|```\w*", line))
+    items = (item for line in answer(reply).splitlines() for item in ITEM.split(line)[1:])
+    return as_items([text for item in items if (text := re.sub("</?lesson>", "", item).strip())])
 
 
 def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:
-    """E_i = truncate(E_{i-1} + lessons): the oldest lines go until the rest is within `budget` tokens.
-    A line is an item, so an item goes whole or stays whole. `count_tokens` counts the tokens of a string."""
+    """E_i = truncate(E_{i-1} + lessons): the oldest lines go, whole, until the rest is within `budget` tokens."""
     lines = [line for line in f"{experience}\n{lessons}".splitlines() if line.strip()]
     while lines and count_tokens("\n".join(lines)) > budget:
         lines.pop(0)
@@ -99,14 +97,13 @@ def raw_experience(trajectories: list[dict], reasoning: bool, budget: int, count
 
 # --- logs of somebody else ----------------------------------------------------------------------------------
 def parse_log(line: str | bytes) -> dict:
-    """A trajectory from a line of JSON: {"turns": [...]}, or a chat as {"messages": [{"role", "content"}, ...]}.
-    ValueError or TypeError says what is missing."""
+    """A trajectory from a JSON line: {"turns": [...]} or {"messages": [{"role", "content"}, ...]}."""
     log = json.loads(line)
     if not isinstance(log, dict) or not ({"turns", "messages"} & log.keys()):
         raise ValueError('it is no object with "turns" or "messages"')
     turns = log["turns"] if "turns" in log else chat_turns(log["messages"])
     turns = checked(turns, ("prompt", "response", "feedback"), "turn")
-    if not turns or not turns[0]["prompt"].strip():
+    if not turns or not all(turn["prompt"].strip() for turn in turns):
         raise ValueError("it has no turn, or one without a prompt")
     return {"id": str(log.get("id", "")), "turns": turns, "outcome": log.get("outcome")}
 
@@ -190,8 +187,9 @@ def chat_ids(tokenizer, message: str, thinking: bool = True) -> list[int]:
     before, found, after = chat.partition(slot)
     if not found or slot in after:
         raise ValueError("the chat template does not show a user message exactly once")
-    start, end = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
-    return start + plain_ids(tokenizer, message) + end
+    cut = max((before.rfind(x) + len(x) for x in tokenizer.get_added_vocab() if x in before), default=0)
+    start, end = (tokenizer.encode(part, add_special_tokens=False) for part in (before[:cut], after))
+    return start + plain_ids(tokenizer, before[cut:] + message) + end  # one token may span the two, as in the chat
 
 
 def common_prefix(sequences: list[list[int]]) -> int:

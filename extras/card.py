@@ -1,6 +1,6 @@
 """Make the newest model of a run ready to share: a model card, and settings that older readers understand.
 
-    python extras/card.py runs/tiny-frozenlake-1
+    python extras/card.py runs/tiny-biglake-1
 
 writes README.md into the newest round's model folder, and adds to its config.json and tokenizer_config.json what
 transformers 4 reads, and what is built on it. As saved, version 4 refuses the tokenizer's class, and takes its own default

@@ -1,6 +1,6 @@
 """Several seeds of one setting as a table and a figure.
 
-    python extras/curves.py runs/tiny-frozenlake-{1,2,3,4,5} --svg assets/frozenlake.svg
+    python extras/curves.py runs/tiny-biglake-{1,2,3,4,5} --svg assets/biglake.svg
 
 prints mean and spread (standard deviation over the runs) of each round as Markdown, with every seed's pass rate,
 and draws the learning curve. `--forgetting 512` plays the forgetting probe again, with so many games: once for the
@@ -19,7 +19,7 @@ COLUMNS = {  # name in metrics.jsonl -> heading
     "pass_rate": "pass rate",
     "reply_tokens": "reply tokens",
     "in_context_pass_rate": "in context",
-    "unseen_pass_rate": "4x4 boards",
+    "unseen_pass_rate": "unseen boards",
     "forgetting_pass_rate": "forgetting probe",
 }
 

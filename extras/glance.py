@@ -1,6 +1,6 @@
 """One map before and after: a lost episode of a run, the lessons written about it, and the reply after learning.
 
-    python extras/glance.py runs/tiny-frozenlake-1
+    python extras/glance.py runs/tiny-biglake-1
 
 prints Markdown. The episode is the first lost one that was read in round 1, or the first of --logs that is not marked
 as won. Its lessons are written anew by the policy of that time, and its first board is shown to the policy of the last

@@ -1,6 +1,6 @@
 """The story of a run as one HTML page, also while the run goes on.
 
-    python extras/report.py runs/tiny-frozenlake-1
+    python extras/report.py runs/tiny-biglake-1
 
 writes report.html into the run's folder, a page that needs nothing but itself: the result, loss and time,
 every lesson, the same boards before and after, and where in a reply the lessons matter. Only that last part
@@ -275,7 +275,7 @@ def results(run: Run) -> str:
 <p class="note">Round 0 is before learning. Bars are 95% Wilson intervals, of {cfg["eval_games"]} games for
 the pass rate and {cfg["probe_games"]} for the others. {note}<em>In context</em> is the policy that entered the
 round, with the round's lessons in its prompt; the pass rate of the same row has them in the weights. The
-unseen levels of FrozenLake are 4x4 boards, on which it never learned.</p>"""
+unseen levels are boards of another size (of FrozenLake 4x4, of biglake 3x3), on which it never learned.</p>"""
 
 
 def losses(run: Run) -> str:

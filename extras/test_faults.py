@@ -1,5 +1,6 @@
 """Tests of what goes wrong around a run: games that fail, folders and files that changed, options that clash."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -84,6 +85,25 @@ def test_a_game_that_cannot_be_made_is_an_error(game, folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+ODD = {  # lines of a class -> what the message says
+    "task = 5": "AssertionError('5 is not text')",
+    "task = property(lambda self: 1 / 0)": "ZeroDivisionError",
+    "strict = property()": "own.py:Game: AttributeError",
+    "__bool__ = lambda self: False": "own.py:Game: no game Game",
+    "step = lambda self, reply: ('Well.', torch.ones(2))": "turn 1: RuntimeError",
+}
+
+
+@pytest.mark.parametrize("line, message", ODD.items())
+def test_whatever_is_odd_about_a_game_is_named(line, message, game, folder, tmp_path, capsys):
+    """Catches: an attribute of a game that fails where no one expects it, and ends in a traceback of ours."""
+    env = game()
+    (tmp_path / "own.py").write_text(f"import torch\n{(tmp_path / 'own.py').read_text()}\n    {line}\n")
+    with pytest.raises(SystemExit) as stop:
+        oel.main(arguments(small(model=folder, env=env, out=tmp_path / "run")))
+    assert stop.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_variant_without_its_rules_is_named(game, folder, lessons, tmp_path, capsys):
     """Catches: a game with renamed() but no rules() that ends in a bare traceback after its first evaluation."""
     env = game()
@@ -133,10 +153,20 @@ def test_an_emptied_record_is_made_again(killed, tmp_path):
     assert "logs.jsonl" in before and all(after[name].read_bytes() == text for name, text in before.items())
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+
+
 DAMAGE = {  # what happens to a folder between two commands -> what the second one says
     "no config": (lambda run: (run / "config.json").unlink(), "config.json is missing"),
     "another config": (lambda run: (run / "config.json").write_text("[1]"), "config.json is missing or damaged"),
+    "a deep config": (
+        lambda run: (run / "config.json").write_text("[" * 100000),
+        "config.json is missing or damaged",
+    ),
     "no metrics": (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl lacks rounds"),
+    "a cut record": (lambda run: cut(run / "round2/logs.jsonl"), "round2: logs.jsonl or experience/ was cut"),
+    "an emptied list": (lambda run: (run / "round2/experience/00.txt").write_text("\n"), "experience/ was cut"),
     "other lessons": (lambda run: (run.parent / "lessons.txt").write_text("Stay away from X."), "lessons.txt was"),
 }
 
@@ -162,6 +192,31 @@ def test_weights_that_changed_behind_their_name_are_noticed(policy, lessons, tmp
         oel.run(cfg)
 
 
+def test_another_seed_is_another_run(killed):
+    """Catches: a second seed that goes on with the first one's weights."""
+    with pytest.raises(oel.UsageError, match="seed was 1, is 2"):
+        oel.run(dataclasses.replace(killed, seed=2))
+
+
+def test_an_extractor_that_changed_is_noticed(folder, lessons, tmp_path):
+    """Catches: lists of one run that two different models have written."""
+    cfg = small(model=folder, extractor=copied(folder, tmp_path / "other"), out=tmp_path / "run", rounds=0)
+    oel.run(cfg)
+    (tmp_path / "other/generation_config.json").write_text("{}")
+    with pytest.raises(oel.UsageError, match="other/generation_config.json was"):
+        oel.run(cfg)
+
+
+def test_what_is_written_is_on_disk_before_it_has_its_name(policy, tmp_path, monkeypatch):
+    """Catches: files that a power cut leaves empty, because their name came before their content."""
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(oel.os, "fsync", lambda n: sync(n) or synced.append(Path(f"/dev/fd/{n}").resolve().name))
+    oel.write_jsonl(tmp_path / "rows.jsonl", [{"round": 1}])
+    assert synced == ["rows.jsonl.part"] and (tmp_path / "rows.jsonl").read_bytes()
+    oel.save_model(tmp_path / "model", policy)
+    assert sorted(synced[1:]) == sorted(path.name for path in (tmp_path / "model").iterdir())
+
+
 def test_a_run_from_before_an_option_goes_on(killed, tmp_path):
     """Catches: a new option, with its default, that makes all older run folders unusable."""
     path = tmp_path / "run/config.json"
@@ -181,7 +236,13 @@ def test_what_is_too_long_is_said_before_anything_is_played(folder, tmp_path, mo
     turns[1]["turns"][0]["prompt"] = long
     oel.write_jsonl(tmp_path / "logs.jsonl", turns)
     (tmp_path / "long.txt").write_text(long)
-    for option in ({"experience": tmp_path / "long.txt"}, {"logs": tmp_path / "logs.jsonl"}):
+    turns[1]["turns"][0]["prompt"] = "Walk on. " * 20  # fits, but not behind a list of as many tokens as it may have
+    oel.write_jsonl(tmp_path / "fits.jsonl", turns)
+    for option in (
+        {"experience": tmp_path / "long.txt"},
+        {"logs": tmp_path / "logs.jsonl"},
+        {"logs": tmp_path / "fits.jsonl", "experience_budget": 4000},
+    ):
         with pytest.raises(oel.UsageError, match="exceed a context of"):
             oel.run(small(model=folder, out=tmp_path / "run", **option))
         assert not (tmp_path / "run").exists()
@@ -191,6 +252,22 @@ def test_options_that_would_be_ignored_are_refused(refused, lessons):
     """Catches: --context raw that trains on lessons, or --kl-top-k without effect."""
     assert "--context raw" in refused(experience=lessons, context="raw")
     assert "--kl-top-k" in refused(kl_top_k=4, distill="off-policy")
+
+
+def test_a_byte_order_mark_is_no_lesson(refused, folder, lessons, tmp_path):
+    """Catches: lessons that begin with a mark that editors write, or a file that has nothing else."""
+    lessons.write_bytes(b"\xef\xbb\xbfX loses.\n")
+    assert oel.extract(load(folder), small(experience=lessons), [], None) == ["X loses."]
+    lessons.write_bytes(b"\xef\xbb\xbf\n")
+    assert "is empty" in refused(experience=lessons)
+
+
+def test_no_turn_of_a_log_is_without_a_prompt():
+    """Catches: a second turn that asks nothing, and is trained on."""
+    (log,) = logs(1)
+    log["turns"][1]["prompt"] = " "
+    with pytest.raises(ValueError, match="without a prompt"):
+        prompts.parse_log(json.dumps(log))
 
 
 def test_a_chat_too_long_to_read_is_refused_at_once():
@@ -205,7 +282,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert oel.find_device("cuda:1") == torch.device("cuda:1") and oel.find_device().type == "cuda"
-    for name in ("cuda:2", "cuda:x", "cuda:", "mps"):
+    for name in ("cuda:2", "cuda:x", "cuda:", "cuda:\u00b2", "cpu:99999999999999", "mps"):
         with pytest.raises(oel.UsageError, match=f"--device {name} is not available"):
             oel.find_device(name)
 
@@ -317,6 +394,21 @@ def test_another_extractor_is_loaded_as_the_policy_is(folder, policy, monkeypatc
     monkeypatch.setattr(oel, "load_policy", lambda *args, **how: made.append((args, how)) or policy)
     oel.extract(policy, cfg, logs(2), oel.Phase([], 0, nucleus=True))
     assert made == [((folder, policy.model.device, False, "bfloat16"), {"offload": True})]
+
+
+def test_damaged_files_of_a_model_are_refused(folder, policy, tmp_path):
+    """Catches: stop ids that get lost with half a file, and layers that are in the weights and not in the model."""
+    (copied(folder, tmp_path / "half") / "generation_config.json").write_text('{"eos_token_id": 5')
+    with pytest.raises(oel.UsageError, match="no policy in .*half"):
+        load(tmp_path / "half")
+    layers = policy.model.config.num_hidden_layers - 1
+    with pytest.raises(oel.UsageError, match="lack or add.*unexpected_keys"):
+        load(copied(folder, tmp_path / "short", num_hidden_layers=layers, layer_types=["full_attention"] * layers))
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[7, 7] = float("nan")
+    oel.save_model(tmp_path / "nan", policy)
+    with pytest.raises(oel.UsageError, match="not finite"):
+        load(tmp_path / "nan")
 
 
 def test_both_the_models_and_the_tokenizers_stop_ids_stop(folder, tmp_path):

@@ -1,6 +1,6 @@
 """Send the metrics of a run to a tracker, also while the run goes on.
 
-    python extras/track.py runs/tiny-frozenlake-1 --to tensorboard
+    python extras/track.py runs/tiny-biglake-1 --to tensorboard
 
 follows metrics.jsonl and steps.jsonl until the run is finished. Ctrl-C stops it, and the same command continues where it
 stopped. The x-axis counts the optimizer steps of all rounds. `tracked-NAME.json` in the run's folder lists the rows

@@ -18,7 +18,7 @@ import torch
 import oel
 import prompts
 
-cfg = oel.parse_args(["--seed", "1"])
+cfg = oel.parse_args(["--env", "frozenlake", "--seed", "1"])
 policy = oel.load_policy(cfg.model, oel.find_device("cpu"))
 plain = oel.sampling(policy, cfg, oel.Phase([], seed=7, nucleus=True), desc=None)
 

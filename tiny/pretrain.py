@@ -62,7 +62,8 @@ CHUNK = 4096  # examples generated at a time
 REPEATED = [
     *GridGame.task.splitlines(keepends=True), prompts.EXTRACT, prompts.PREVIOUS,
     *prompts.FORMS["items"].splitlines(keepends=True),
-    "What you learned in earlier episodes:\n", "The log:", "Now write the lessons.", ".\nBoard:\n", "Board:\n",
+    *prompts.NOTES.split("{}"), "The log:", "End of the log. Now write the lessons.", "What came back: ",
+    ".\nBoard:\n", "Board:\n",
     "You moved ", " and pushed a box to ", "The turn limit was reached. The episode failed.",
     "You fell into a hole. The episode failed.", "You reached the goal. The episode succeeded.",
     "Every box is on a target. The episode succeeded.", "That move is not valid: ",

@@ -1,5 +1,6 @@
 """Tests of the embedded policy, and of what teach.py says it is taught."""
 
+import collections
 import itertools
 import random
 import re
@@ -54,13 +55,15 @@ def test_no_letter_is_said_to_be_anything_more_often_than_another_in_training():
     assert all(map(uniform, counts.values())), counts
 
 
-@pytest.mark.parametrize("name, maker", [("frozenlake", envs.FrozenLake), ("sokoban", envs.Sokoban)])
+@pytest.mark.parametrize(
+    "name, maker", [("frozenlake", envs.FrozenLake), ("biglake", envs.BigLake), ("sokoban", envs.Sokoban)]
+)
 def test_the_player_that_is_imitated_wins_if_it_knows_the_letters(name, maker):
     """Catches: a planner with a bug, which teaches the bug and limits what any lesson can bring."""
     for level in envs.level_seeds("held_out", 25):
         game, rng = maker(), random.Random(level)
         game.reset(level)
-        roles = {getattr(game, thing): thing for thing, _ in game.things}
+        roles = {letter: thing for thing, _ in game.things for letter in getattr(game, thing)}
         while not game.done:
             game.step(teach.play_reply(rng, game.board(), roles, thinking=level % 2 == 0))
         assert game.won, (name, level)
@@ -138,6 +141,26 @@ def test_the_plans_that_are_taught_can_be_played():
     assert stuck.text.startswith("Box: 0 (3,2) 1 (2,2)(3,3) 2 (2,3) no way\n") and not stuck.moves
 
 
+def test_the_deployed_lake_has_letters_for_holes_and_harmless_things():
+    """Catches: a letter that is never drawn, a harmless one that kills, or a variant that uses the deployed letters."""
+    holes, harmless, seen = "HKMQTVBCDJ", "EFLN", collections.Counter()
+    for level in range(600):
+        game = envs.BigLake()
+        game.reset(level)
+        seen.update("".join(game.board()))
+    assert seen["G"] == seen["P"] == 600 and seen.keys() == {*holes, *harmless, *"GP "}
+    assert sum(seen[x] for x in holes) == 2400 and uniform({x: seen[x] for x in holes})
+    assert sum(seen[x] for x in harmless) == 1200 and uniform({x: seen[x] for x in harmless})
+    for letter, done in [*dict.fromkeys(holes, True).items(), *dict.fromkeys(harmless, False).items()]:
+        game = envs.BigLake.from_board(["P" + letter, "  "])
+        assert game.step("[right]")[1] == done and not game.won
+    other, small = envs.BigLake.renamed(3), envs.BigLake.unseen()
+    letters = other.hole + other.goal + other.harmless
+    assert len({*letters}) == 7 and not {*letters} & {*holes, *harmless, *"GP"}
+    assert [rule[0] for rule in other.rules()] == [*letters]
+    assert small.reset(1).count("|") == 12 and sum(x in "".join(small.board()) for x in holes + harmless) >= 2
+
+
 # --- the policy ---------------------------------------------------------------------------------------------
 def test_the_embedded_policy_is_small():
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
@@ -146,7 +169,7 @@ def test_the_embedded_policy_is_small():
 
 
 @pytest.mark.parametrize("thinking", ["--thinking", "--no-thinking"])
-@pytest.mark.parametrize("name", ["frozenlake", "sokoban"])
+@pytest.mark.parametrize("name", ["frozenlake", "biglake", "sokoban"])
 def test_the_embedded_policy_plays_by_what_it_reads(name, thinking):
     """Catches: weights, tokenizer, template and prompts of which one was changed and the others were not."""
     cfg = oel.parse_args(["--env", name, thinking])
@@ -156,7 +179,8 @@ def test_the_embedded_policy_plays_by_what_it_reads(name, thinking):
     without, with_rules = (
         oel.pass_rate(oel.deploy(policy, cfg, phase, experiences)) for experiences in (None, rules)
     )
-    assert without <= 0.5 and with_rules >= 0.8
+    many = (name, thinking) == ("biglake", "--no-thinking")  # fifteen rules, and no room to look each up
+    assert without <= 0.5 and with_rules >= (0.4 if many else 0.8)
 
 
 def test_a_gradient_of_noise_hardly_moves_the_embedded_policy(monkeypatch):

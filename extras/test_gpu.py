@@ -1,0 +1,166 @@
+"""Tests of oel.py on a pretended GPU: same replies, no mixed devices, no waiting inside a decode step, its memory."""
+
+import copy
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import oel
+from extras.pretended_gpu import Graph, PretendedGPU
+from extras.testing import logs, make_samples, small
+
+pytest_plugins = ["extras.testing"]
+CPU = torch.device("cpu")
+
+
+def talks(policy) -> list:
+    """Generators of two requests each. Second prompts are long, so the cache grows; replies end at different times."""
+
+    def talk(i: int):
+        first = yield oel.Request(policy.encode(f"Hello {i} " * (i + 1)), 4 + 5 * i)
+        second = yield oel.Request(policy.encode("Hello " * (200 if i % 2 else 1)) + first.ids, 9)
+        return first.ids, second.ids
+
+    return [talk(i) for i in range(5)]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_sampler_says_the_same_on_a_gpu_and_never_waits_in_a_decode_step(folder, graphs):
+    """Catches: tensors of the host in a step, a copy read too early, .item(), a graph that reads what moved."""
+    policy = oel.load_policy(folder, CPU)
+    how = {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size, "temperature": 0.7, "seed": 3, "rows": 3}
+    expected = oel.drive(policy.model, talks(policy), **how)
+    with PretendedGPU() as gpu:
+        policy = oel.load_policy(folder, gpu.device, dtype="float32")
+        gpu.waits.clear()
+        assert oel.drive(policy.model, talks(policy), graphs=graphs, **how) == expected
+    assert not gpu.waits and (gpu.captures > 3) == graphs
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_round_on_a_gpu(folder, lessons, tmp_path, monkeypatch, offload):
+    """Catches: devices that mix in any phase, weights that stay behind their master, memory that is never freed."""
+    monkeypatch.setattr(oel, "find_device", lambda _: PretendedGPU.device)
+    how = {"model": folder, "experience": lessons, "dtype": "bfloat16", "save_every": 1, "offload": offload}
+    with PretendedGPU() as gpu:
+        rows = oel.run(small(out=tmp_path / "run", graphs=True, **how))
+        assert not gpu.unaligned and gpu.captures
+        gc.collect()
+    assert rows[-1]["round"] == 1 and gpu.live == 0, "nothing stays on the GPU"
+    monkeypatch.undo()
+    oel.run(small(out=tmp_path / "cpu", **how))
+    on_gpu, on_cpu = (oel.read_jsonl(tmp_path / name / "steps.jsonl") for name in ("run", "cpu"))
+    assert [row["loss"] for row in on_gpu] == pytest.approx([row["loss"] for row in on_cpu], rel=0.05)
+
+
+def test_offload_needs_less_memory_of_the_gpu(folder):
+    """Catches: a float32 master, a sum of gradients or a moment that stays on the GPU: 22 instead of 6 bytes."""
+    peaks = []
+    for offload in (False, True):
+        with PretendedGPU() as gpu:
+            policy = oel.load_policy(folder, gpu.device, offload=offload)
+            teacher = copy.deepcopy(policy.model)
+            oel.distill(policy, teacher, make_samples(policy)[:1], small())
+            optimizer = torch.optim.AdamW(policy.master, 1e-3)
+            optimizer.step()
+            parameters = sum(p.numel() for p in policy.master)
+            peaks.append(gpu.live / parameters)
+            del policy, teacher, optimizer
+    assert 19 < peaks[0] < 23 and 3.9 < peaks[1] < 6.1, "bytes a parameter: weights, teacher, masters, sums, moments"
+
+
+def test_a_step_of_distillation_hardly_waits(folder):
+    """Catches: copies and boolean indices that make the host wait for the GPU, layer by layer."""
+    with PretendedGPU() as gpu:
+        policy = oel.load_policy(folder, gpu.device)
+        teacher, cfg = copy.deepcopy(policy.model), small(batch_episodes=6)
+        lists, phase = ["X loses.", "Y wins."], oel.Phase([], 1, nucleus=False)
+        samples = oel.sample_responses(policy, teacher, cfg, logs(6), lists, phase, 1)
+        gpu.waits.clear()
+        oel.distill(policy, teacher, samples, cfg)
+        assert not gpu.unaligned
+    batches = oel.micro_batches(samples, cfg.micro_tokens)
+    assert len(batches) == 2 and min(map(len, batches)) > 1, "each has a prefix that runs once"
+    assert gpu.waits.pop("distill: a blocking copy to the host") == 1, "for the loss"
+    assert sum(gpu.waits.values()) <= len(batches), f"more than a check of the library for each batch: {gpu.waits}"
+
+
+# --- the pretended GPU itself: faults that it has to notice -------------------------------------------------
+def on_gpu(*shape) -> torch.Tensor:
+    return torch.zeros(*shape, device="cuda")
+
+
+def recorded(body) -> Graph:
+    graph = Graph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph
+
+
+RAISING = {
+    "a tensor made on the host": lambda: on_gpu(3) + torch.ones(3),
+    "a mask made on the host": lambda: torch.where(torch.ones(3, dtype=torch.bool), on_gpu(3), on_gpu(3)),
+    "a product with weights that were not moved": lambda: on_gpu(2, 3) @ torch.ones(3, 2),
+    "a number that is fetched in a graph": lambda: recorded(lambda: on_gpu(3).sum().item()),
+    "a graph that reads the host": lambda: recorded(lambda: on_gpu(3).add_(torch.ones(3))),
+    "a copy to the host in a graph": lambda: recorded(lambda: on_gpu(3).to("cpu", non_blocking=True)),
+}
+WAITING = {
+    "a number": lambda: on_gpu(3).sum().item(),
+    "a list": lambda: on_gpu(3).tolist(),
+    "a boolean index": lambda: on_gpu(3)[on_gpu(3) > 0],
+    "a copy to the host": lambda: on_gpu(3).cpu(),
+    "a copy to the GPU": lambda: torch.ones(3).to("cuda"),
+    "an index from the host": lambda: on_gpu(3)[torch.tensor([1])],
+    "a tensor of Python numbers": lambda: torch.tensor([1, 2], device="cuda"),
+    "a comparison": lambda: torch.equal(on_gpu(3), on_gpu(3)),
+}
+
+
+@pytest.mark.parametrize("fault", RAISING.values(), ids=RAISING)
+def test_what_a_gpu_refuses_is_refused(fault):
+    with PretendedGPU(), pytest.raises(RuntimeError):
+        fault()
+
+
+@pytest.mark.parametrize("fault", WAITING.values(), ids=WAITING)
+def test_what_a_gpu_waits_for_is_counted(fault):
+    with PretendedGPU() as gpu:
+        fault()
+    assert sum(gpu.waits.values()) >= 1
+
+
+def test_a_late_copy_is_garbage_until_its_event():
+    with PretendedGPU():
+        copied = on_gpu(3).to("cpu", non_blocking=True)
+        early = copied.tolist()
+        event = torch.cuda.current_stream().record_event()
+        event.synchronize()
+        assert early != [0, 0, 0] == copied.tolist()
+
+
+def test_a_graph_keeps_the_numbers_and_the_memory_of_its_time():
+    with PretendedGPU():
+        x, step = on_gpu(3), 1
+        graph = recorded(lambda: x.add_(step))
+        assert x.sum().item() == 0, "nothing has happened yet"
+        step = 5
+        graph.replay()
+        assert x.sum().item() == 3, "a Python number is baked in"
+        old, x = x, on_gpu(3)
+        graph.replay()
+        assert (old.sum().item(), x.sum().item()) == (6, 0), "memory that is new is not what the graph writes"
+
+
+def test_memory_is_counted_and_freed():
+    with PretendedGPU(memory=1000) as gpu:
+        x = on_gpu(100)
+        assert (gpu.live, torch.cuda.mem_get_info()) == (400, (600, 1000))
+        x = x[:10]  # a view keeps it all
+        assert gpu.live == 400
+        del x
+        assert (gpu.live, gpu.peak) == (0, 400)
