@@ -155,6 +155,7 @@ def run(cfg: Config) -> list[dict]:
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
         early = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # refused before play
         budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
+        early += [prompts.extraction_prompt(log, "", cfg.form, cfg.reasoning) for log in own if budget]
         check_fits(policy.model, budget + max(len(policy.encode(x)) for x in early), cfg.reply_limit)
         with atomic(out / "config.json") as part:
             part.write_text(json.dumps(settings, indent=2) + "\n")
@@ -320,8 +321,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     else:
         folds = [lesson_list(policy, cfg, share) for share in shares]
         lists = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
-    if cfg.smoke:  # so few tokens hold no lesson
-        lists.append(prompts.as_items(["Look before every move."]))
+    lists += [prompts.as_items(["Look before every move."])] if cfg.smoke else []  # so few tokens hold no lesson
     require(any(lists), "no lesson in any list: try more --experience-budget, --form free or another model")
     return [experience for experience in lists if experience]
 

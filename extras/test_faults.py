@@ -238,7 +238,10 @@ def test_what_is_too_long_is_said_before_anything_is_played(folder, tmp_path, mo
     (tmp_path / "long.txt").write_text(long)
     turns[1]["turns"][0]["prompt"] = "Walk on. " * 20  # fits, but not behind a list of as many tokens as it may have
     oel.write_jsonl(tmp_path / "fits.jsonl", turns)
+    turns[1]["turns"][0].update(prompt="Walk on.", response=long)  # too long for the extractor alone
+    oel.write_jsonl(tmp_path / "replies.jsonl", turns)
     for option in (
+        {"logs": tmp_path / "replies.jsonl"},
         {"experience": tmp_path / "long.txt"},
         {"logs": tmp_path / "logs.jsonl"},
         {"logs": tmp_path / "fits.jsonl", "experience_budget": 4000},
