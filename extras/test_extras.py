@@ -52,6 +52,12 @@ def torchrun(*args):
     return python("-m", "torch.distributed.run", "--nproc-per-node", 2, *args)
 
 
+def test_two_dashes_keep_logs_from_torchrun(tmp_path):
+    """Catches: an option of ours that torchrun takes for one of its own (it has several that begin with --log)."""
+    done = torchrun("--", EXTRAS / "many_gpus.py", "--logs", tmp_path / "none.jsonl")
+    assert done.returncode and "oel.py: error: --logs" in done.stderr and "ambiguous" not in done.stderr
+
+
 def test_two_processes_learn_what_one_learns(folder, lessons, tmp_path):
     """Catches: other noise, a share counted twice or not at all, two writers of one folder, a bad resume."""
     cfg = small(model=folder, batch_episodes=3, eval_games=4, experience=lessons, rounds=2)
