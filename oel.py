@@ -29,7 +29,9 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
+import importlib
 import json
 import math
 import os
@@ -45,6 +47,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
@@ -53,7 +56,7 @@ import prompts
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
 FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add yours once its test passes
-status = {"phase": "preparation"}  # what the run is doing, for the message after Ctrl-C
+RANK, WORLD = (int(os.environ.get(x, n)) for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun sets these
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -148,17 +151,16 @@ def run(cfg: Config) -> list[dict]:
     not run again once it has one, so the same command continues a run that was stopped."""
     out, device = Path(cfg.out), find_device(cfg.device)
     own, lessons, settings = check_inputs(cfg, out)
-    with FileLock(f"{out.resolve()}.lock", blocking=False):  # TimeoutError if another run holds it
+    with contextlib.nullcontext() if RANK else FileLock(f"{out.resolve()}.lock", blocking=False):
         done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
-        how = cfg.thinking, cfg.dtype, cfg.offload
-        policy = load_policy(str(out / f"round{done}/model") if done else cfg.model, device, *how)
+        source = str(out / f"round{done}/model") if done else cfg.model
+        policy = load_policy(source, device, cfg.thinking, cfg.dtype, cfg.offload)
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
         early = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # refused before play
         budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
         early += [prompts.extraction_prompt(log, "", cfg.form, cfg.reasoning) for log in own if budget]
         check_fits(policy.model, budget + max(len(policy.encode(x)) for x in early), cfg.reply_limit)
-        with atomic(out / "config.json") as part:
-            part.write_text(json.dumps(settings, indent=2) + "\n")
+        atomic(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
         if cfg.logs:  # the user's logs take the place of what deploy would record
             write_jsonl(out / "round1/trajectories.jsonl", own)
             write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(cfg.steps * cfg.batch_episodes)])
@@ -174,10 +176,7 @@ def run(cfg: Config) -> list[dict]:
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
     """What round r plays in each phase, and how it samples. The three kinds of levels have disjoint seeds, and rounds
     share the held-out levels alone. Phases with `nucleus` use --top-p and --top-k, others sample from all tokens."""
-    if cfg.logs:  # nothing is played, and no game is imported
-        levels = lambda *_: []
-    else:
-        from envs import level_seeds as levels
+    levels = (lambda *_: []) if cfg.logs else importlib.import_module("envs").level_seeds  # logs: nothing is played
     n, seed = cfg.steps * cfg.batch_episodes, functools.partial(derive_seed, cfg.seed)
     k = 0 if cfg.experience or cfg.context == "none" else cfg.episodes  # 0: no lessons are extracted
     return {
@@ -212,16 +211,14 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
         whole = len(logs) == cfg.steps * cfg.batch_episodes and all(map(str.strip, lists or []))
         require(whole, f"{folder}: logs.jsonl or experience/ was cut: remove it, and it is made again")
         # 3. Train until the policy plays without the lessons as it would with them.
-        status["phase"] = f"round {r}, consolidation"
         consolidate(policy, cfg, logs, lists, plan["training"], folder / "state/step.pt", on_step)
         save_model(folder / "model", policy)
-    discard(folder / "state")
+    shutil.rmtree(folder / "state", ignore_errors=True)
     measure(policy, cfg, r, cfg.steps, out, began)
 
 
 def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: float) -> None:
     """Evaluate and add a row to metrics.jsonl, unless the row is there or nothing can be played (--logs)."""
-    status["phase"] = f"round {r}, evaluation"
     if cfg.logs or any((x["round"], x["step"]) == (r, step) for x in read_jsonl(out / "metrics.jsonl")):
         return
     metrics, played = evaluate(policy, cfg, phases(cfg, r))
@@ -286,16 +283,15 @@ def game_errors(where: str):
 
 def make_game(cfg: Config, variant: str = "", seed: int = 0):
     """A game, or its variant "unseen" (other sizes) or "renamed" (new letters); None where it has no such variant."""
-    from envs import GAMES, games_in
-
     file, _, name = cfg.env.rpartition(":")
     with game_errors(f"--env {cfg.env}"):
-        games = games_in(file) if not file or Path(file).exists() else {}
+        envs = importlib.import_module("envs")  # not at the top: --logs needs no game
+        games = envs.games_in(file) if not file or Path(file).exists() else {}
         maker = getattr(games.get(name), variant, None) if variant else games.get(name)
         game = maker and maker(**({"seed": seed} if variant == "renamed" else {}))
         if game:
             game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
-    require(game or variant, f"--env {cfg.env}: no game {name}; choose from {', '.join(GAMES)}, or FILE.py:CLASS")
+    require(game or variant, f"--env {cfg.env}: no game {name}; choose {', '.join(envs.GAMES)}, or FILE.py:CLASS")
     return game
 
 
@@ -340,17 +336,17 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 # --- consolidate: the only part that changes weights ------------------------------------------------------
 def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=None, on_step=lambda *_: None):
     """Distil the experience lists into the policy's weights, on-policy (Eq. 2); None is a control without any.
-    A step answers every prompt of the next `cfg.batch_episodes` logged trajectories once and updates once. `state`
-    is a path to resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
+    A step answers every prompt of the next `cfg.batch_episodes` logs once and updates once. `state`: path to resume
+    from. FloatingPointError, before a step whose loss or gradient is not finite."""
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()  # the policy with which the round began
-    how = {"eps": cfg.adam_eps, "weight_decay": cfg.weight_decay, "fused": policy.model.device.type == "cuda" or None}
-    optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), **how)
+    how = {"lr": cfg.lr, "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
+    optimizer = torch.optim.AdamW(policy.master, fused=policy.model.device.type == "cuda" or None, **how)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
     if cfg.checkpointing:
         new = getattr(policy.model, "activation_checkpointing_enable", None)  # its name in newer transformers
         (new or policy.model.gradient_checkpointing_enable)({"use_reentrant": False})
     done = 0
-    if state and state.exists():  # continue a consolidation that was stopped
+    if RANK == 0 and state and state.exists():  # continue a consolidation that was stopped
         try:
             done, weights, moments = torch.load(state, map_location="cpu", weights_only=True).values()
             optimizer.load_state_dict(moments)
@@ -358,7 +354,8 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
                 master.data.copy_(weight)
         except Exception as error:
             raise UsageError(f"{state} is damaged: remove it, and this consolidation begins again") from error
-        policy.copy_master()
+    done = gather(done)[0]
+    policy.copy_master()
     for step in range(done + 1, cfg.steps + 1):
         began = time.perf_counter()
         samples = sample_responses(policy, teacher, cfg, logs, experiences, phase, step)
@@ -370,11 +367,11 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
         optimizer.zero_grad()
         policy.copy_master()
         tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
-        row = {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "replies": len(samples)}
-        on_step(step, {**row, "seconds": seconds, "tokens_per_second": tokens / seconds})
+        row = {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "replies": len(samples), "seconds": seconds}
+        on_step(step, {**row, "tokens_per_second": tokens / seconds})
         if state and step % cfg.save_every == 0 and step < cfg.steps:
-            with atomic(state) as part:
-                torch.save({"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}, part)
+            progress = {"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}
+            atomic(state, functools.partial(torch.save, progress))
     policy.model.eval()
 
 
@@ -397,9 +394,10 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
 def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> float:
     """Put the gradient of Eq. 2 over the samples into the `.grad` of `policy.master`; return the loss in nats.
     Both are the mean over all response tokens of the samples, however these are cut into micro-batches."""
-    student, num_tokens, losses = policy.model, sum(len(s.response_ids) for s in samples), []
+    student, num_tokens = policy.model, sum(len(s.response_ids) for s in samples)
+    batches, losses = micro_batches(samples, cfg.micro_tokens), [torch.zeros((), device=student.device)]
     how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
-    for batch in micro_batches(samples, cfg.micro_tokens):
+    for batch in batches[RANK::WORLD]:
         prompt_ids, teacher_ids, response_ids = zip(*batch)
         # 1. The teacher. A prefix that all share runs once. A control runs exactly like the student, for a KL of 0.
         whole = len(batch) == 1 or teacher_ids == prompt_ids
@@ -417,7 +415,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         pairs = [(x, g) for x, g in ((hidden, hidden_grad), (heads[0], head_grad)) if g is not None]
         torch.autograd.backward([x for x, _ in pairs], [g.div_(num_tokens).to(x.dtype) for x, g in pairs])
         policy.add_grads_to_master()
-    return torch.stack(losses).cpu().double().sum().item() / num_tokens
+    if 0 < len(batches) % WORLD <= RANK:  # no batch was left for this process, and the others wait for it
+        policy.add_grads_to_master()
+    return sum(gather(torch.stack(losses).cpu().double().sum().item())) / num_tokens
 
 
 @torch.no_grad()
@@ -485,16 +485,14 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Batches of one experience and similar length, each of one sample or of at most `budget` padded tokens."""
-    keyed, batches, former = [], [], None
-    for s in samples:  # the first ids of the teacher's prompt, as many as e has, tell lists apart
-        key, told = s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)], len(s.teacher_ids)
-        width = max(len(s.prompt_ids), told // 4) + len(s.response_ids)  # no gradient: its tokens count a quarter
-        keyed.append((key, width, s))
-    for key, width, s in sorted(keyed, key=lambda entry: entry[:2]):
-        if key != former or (len(batches[-1]) + 1) * width > budget:
+    # The first ids of the teacher's prompt, as many as e has, tell lists apart. Without gradient a token costs a quarter.
+    key = lambda s: s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]
+    width = lambda s: max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
+    batches = []
+    for s in sorted(samples, key=lambda s: (key(s), width(s))):
+        if not batches or key(s) != key(batches[-1][0]) or (len(batches[-1]) + 1) * width(s) > budget:
             batches.append([])
         batches[-1].append(s)
-        former = key
     return batches
 
 
@@ -506,8 +504,7 @@ def evaluate(policy: Policy, cfg: Config, plan: dict[str, Phase]) -> tuple[dict,
     metrics = {"pass_rate": pass_rate(played), "reply_tokens": total["reply_tokens"] / total["turns"]}
     for name, variant in (("unseen", "unseen"), ("forgetting", "renamed")):
         metrics[f"{name}_pass_rate"] = pass_rate(deploy(policy, cfg, plan["probes"], variant=variant))
-    rates = {f"{key}_rate": total[key] / total["turns"] for key in ("invalid", "truncated", "unclosed")}
-    return {**metrics, **rates}, played
+    return metrics | {f"{x}_rate": total[x] / total["turns"] for x in ("invalid", "truncated", "unclosed")}, played
 
 
 def pass_rate(trajectories: list[dict]) -> float | None:
@@ -521,7 +518,7 @@ class Policy:
 
     model: torch.nn.Module
     tokenizer: object
-    master: list[torch.Tensor]  # float32 parameters, optimized and saved: bf16 would lose a step of 1e-6
+    master: list[torch.Tensor]  # float32 parameters, optimized and saved by process 0: bf16 would lose a step of 1e-6
     stop_ids: frozenset[int]
     vocab_size: int  # ids the tokenizer knows; a head may have more rows, which are never sampled or scored
     thinking: bool = True
@@ -535,15 +532,21 @@ class Policy:
     def count_tokens(self, text: str) -> int:
         return len(prompts.plain_ids(self.tokenizer, text))
 
-    def add_grads_to_master(self) -> None:  # the gradients of bf16 weights, which are summed in float32
+    def add_grads_to_master(self) -> None:  # gradients in bf16, or of many processes, are summed in float32
         for p, master in zip(self.model.parameters(), self.master, strict=True):
-            if p is not master and p.grad is not None:
-                master.grad = p.grad.to(master) if master.grad is None else master.grad.add_(p.grad.to(master))
-                p.grad = None
+            if p is not master and p.requires_grad:
+                grad, p.grad = torch.zeros_like(p).float() if p.grad is None else p.grad.float(), None
+                if WORLD > 1:
+                    dist.reduce(grad, 0)
+                if RANK == 0:
+                    master.grad = grad.to(master) if master.grad is None else master.grad.add_(grad.to(master))
 
-    def copy_master(self) -> None:  # brings the model up to date
+    def copy_master(self) -> None:  # brings the model up to date, in every process
         for p, master in zip(self.model.parameters(), self.master, strict=True):
-            p.data.copy_(master)
+            if RANK == 0:
+                p.data.copy_(master)
+            if WORLD > 1:
+                dist.broadcast(p.data, 0)
 
 
 def load_policy(source: str, device: torch.device, thinking=True, dtype="", offload=False) -> Policy:
@@ -566,21 +569,20 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
     master = params = list(model.eval().parameters())
     half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
-    if half or offload:
-        master = [p.detach() if offload else p.detach().to(device) for p in params]
+    if half or offload or WORLD > 1:
+        master = [torch.empty(0) if RANK else p.detach() if offload else p.detach().to(device) for p in params]
         for p in params:  # not model.to(bf16), which would also round the rotary frequencies
             p.data = p.data.to(torch.bfloat16 if half else p.dtype)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape, and most of ours are new
-    model.to(device)
-    return Policy(model, tokenizer, master, frozenset(stops), vocab_size, thinking)
+    return Policy(model.to(device), tokenizer, master, frozenset(stops), vocab_size, thinking)
 
 
 def check_supported(config) -> None:
     """UsageError for what our cache would get wrong: untested families, sliding windows, rotary scaling by length."""
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    what = f"{config.model_type} with sliding window {window or None} and rotary embedding {rope}"
     good = config.model_type in FAMILIES and not window and rope not in ("dynamic", "longrope")
+    what = f"{config.model_type} with sliding window {window or None} and rotary embedding {rope}"
     require(good, f"{what} is not supported; choose {', '.join(FAMILIES)} with full attention")
 
 
@@ -595,6 +597,8 @@ def find_device(name: str = "") -> torch.device:
     kind, colon, index = name.partition(":")
     known = not colon or index in map(str, range(1 if kind == "cpu" else torch.accelerator.device_count()))
     require(kind in ("", "cpu", best) and known, f"--device {name} is not available; the best one is {best}")
+    if WORLD > 1 and (kind or best) == "cuda":  # each process takes its own
+        torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
     return torch.device(name or best)
 
 
@@ -604,17 +608,13 @@ def find_device(name: str = "") -> torch.device:
 Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and the largest length of its reply
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, and of its request; ids: the reply so far
-# One forward pass as attention sees it: new tokens go to `positions` (B, t) of `row_ids` (B,). The first `reach`
-# tokens of these rows are read. `rows` indexes the same rows, by a slice where it can (a view, not a copy).
+# A forward pass writes to `positions` (B, t) of `row_ids` (B,), and reads `reach` tokens of `rows`: the same rows.
 View = namedtuple("View", "cache rows row_ids positions reach")
 
 
 def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int, **options) -> list[Response]:
     """One reply of at most `max_new_tokens` to each prompt of token ids; options as in `Sampler`."""
-
-    def ask(ids: list[int]):
-        return (yield Request(ids, max_new_tokens))
-
+    ask = lambda ids: (yield Request(ids, max_new_tokens))  # a generator that returns the response
     return drive(model, [ask(ids) for ids in prompt_ids], **options)
 
 
@@ -626,8 +626,17 @@ def drive(model, generators: list, *, desc: str | None = None, **options) -> lis
         undo.callback(model.train, model.training)  # afterwards the model is as it was before
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.eval().set_attn_implementation("oel")
-        bar = tqdm(total=len(generators), desc=desc, leave=False, disable=desc is None, mininterval=0.5)
-        return Sampler(model, generators, undo.enter_context(bar), **options).run()
+        bar = tqdm(total=len(generators), desc=desc, leave=False, disable=RANK > 0 or not desc, mininterval=0.5)
+        results = gather(Sampler(model, generators, undo.enter_context(bar), **options).run())
+    return [results[i % WORLD][i] for i in range(len(generators))]
+
+
+def gather(mine) -> list:
+    """What every process gives, in all of them. None goes on before all have come here."""
+    everyone = [mine] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 class Sampler:
@@ -646,10 +655,10 @@ class Sampler:
         torch.cuda.empty_cache()  # has no effect without CUDA
         memory = torch.cuda.mem_get_info(model.device)[0] if self.cuda else 12 << 30  # bytes
         self.token_budget = memory // 4 // KVCache(model, 1, 1).kv.nbytes  # an old and a larger cache coexist
-        self.max_rows = min(rows or 256, len(generators))
+        self.max_rows = min(rows or 256, len(generators[RANK::WORLD]))
 
     def run(self) -> list:
-        for owner in reversed(range(len(self.generators))):  # so the first generator is the first in line
+        for owner in reversed(range(RANK, len(self.generators), WORLD)):  # so the first one is the first in line
             self.advance(owner, 0, None)
         while any(self.rows) or self.waiting:
             self.admit()
@@ -696,7 +705,9 @@ class Sampler:
         # A vacant donor goes to the first job that matches it; whoever else copies from it is placed later.
         vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
         for job in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
-            donor, shared = self.cache.longest_prefix(np.array(job.request.prompt_ids))
+            ids = job.request.prompt_ids  # the last of them must run, whatever is known of the others
+            common = (self.cache.prompts[:, : len(ids)] == ids).cumprod(1).sum(1)
+            donor, shared = int(common.argmax()), min(int(common.max()), len(ids) - 1)
             row = donor if donor in vacant else vacant[0]
             vacant.remove(row)
             self.rows[row] = job
@@ -721,8 +732,7 @@ class Sampler:
     def compact(self) -> None:
         """Move the last rows into the gaps, so that no more rows are decoded than there are replies."""
         while not all(self.rows):
-            last = self.rows.pop()
-            if last:
+            if last := self.rows.pop():
                 gap, n = self.rows.index(None), len(last.request.prompt_ids) + len(last.ids)
                 self.cache.copy_row(gap, self.cache, len(self.rows), n)
                 self.rows[gap] = last
@@ -753,20 +763,17 @@ class Sampler:
         cache, n = self.cache, len(self.rows)
         n = min(1 << (n - 1).bit_length(), len(cache.token)) if self.graphs else n
         longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job)
-        sizes = n, min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lack the newest
-        if not self.graphs or sizes not in self.captured:  # a first step may initialise what no graph can
-            self.captured[sizes] = None
-            return self.decode_pass(*sizes)
-        if self.captured[sizes] is None:
+        reach = min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lack the newest
+        step = functools.partial(self.forward, slice(0, n), cache.token[:n, None], cache.used[:n], 0, reach)
+        if not self.graphs or (n, reach) not in self.captured:  # a first step may initialise what no graph can
+            self.captured[n, reach] = None
+            return step()
+        if self.captured[n, reach] is None:
             pool = next((graph.pool() for graph in self.captured.values() if graph), None)
-            self.captured[sizes] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.captured[sizes], pool=pool):
-                self.decode_pass(*sizes)
-        self.captured[sizes].replay()
-
-    def decode_pass(self, n: int, reach: int) -> None:
-        """Run the newest token of each of the first n rows, and sample the next one."""
-        self.forward(slice(0, n), self.cache.token[:n, None], self.cache.used[:n], 0, reach)
+            self.captured[n, reach] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.captured[n, reach], pool=pool):
+                step()
+        self.captured[n, reach].replay()
 
     def forward(self, rows, ids: torch.Tensor, start: torch.Tensor, last, reach: int) -> None:
         """Run ids (B, t) in the given rows from position `start` (B,) on; sample what follows ids[b, last[b]]."""
@@ -804,11 +811,6 @@ class KVCache:
         self.state[:, row] = cache.state[:, source]
         self.prompts[row, : cache.length] = cache.prompts[source]
 
-    def longest_prefix(self, ids: np.ndarray) -> tuple[int, int]:
-        """The row with the longest common prefix, and its length. The last of the ids must run, whatever is known."""
-        common = (self.prompts[:, : len(ids)] == ids).cumprod(1).sum(1)
-        return int(common.argmax()), min(int(common.max()), len(ids) - 1)
-
 
 def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kwargs):
     """Attention over a KVCache for the model's own layers: query (B, Hq, t, head_dim) -> (B, t, Hq, head_dim).
@@ -835,8 +837,7 @@ def pick(logits: torch.Tensor, key: torch.Tensor, temperature=1.0, top_k=0, top_
         logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the first token always stays
     # -log(1 - u) is exponential. u has 32 random bits; it is never 0, nor 1 when it is rounded to float32.
     u = ((mix(ids * 0x9E3779B1 + key[:, None]) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    choice = (logits - torch.log(-torch.log1p(-u))).argmax(-1, keepdim=True)
-    return ids.gather(1, choice)[:, 0]
+    return ids.gather(1, (logits - torch.log(-torch.log1p(-u))).argmax(-1, keepdim=True))[:, 0]
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
@@ -860,8 +861,7 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if cfg.experience else ""
     good = not cfg.experience or Path(cfg.experience).is_file() and lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
-    if not cfg.logs:
-        make_game(cfg)
+    cfg.logs or make_game(cfg)  # raises what is wrong with the game
     files = [file for file in (cfg.logs, cfg.experience) if file]
     files += [file for folder in filter(None, (cfg.model, cfg.extractor)) for file in Path(folder).glob("*.[sj]*")]
     new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}
@@ -878,16 +878,12 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
 
 def recorded(path: Path, stage, *args) -> list:
     """Run a stage once; always return what its record holds: a JSONL file, or a folder of lists of lessons."""
-    status["phase"] = f"{path.parent.name}, {path.stem}".replace("round", "round ", 1)
     if not path.exists() or not (any(path.glob("*.txt")) if path.is_dir() else path.read_bytes()):
-        result = stage(*args)
         if path.suffix:
-            write_jsonl(path, result)
+            write_jsonl(path, stage(*args))
         else:
-            with atomic(path) as part:
-                part.mkdir()
-                for i, text in enumerate(result):
-                    (part / f"{i:02}.txt").write_text(text + "\n", encoding="utf-8")
+            texts = {f"{i:02}.txt": text + "\n" for i, text in enumerate(stage(*args))}
+            atomic(path, lambda part: [part.mkdir()] + [(part / x).write_text(y, "utf-8") for x, y in texts.items()])
     return read_jsonl(path) if path.is_file() else [f.read_text("utf-8") for f in sorted(path.glob("*.txt"))]
 
 
@@ -898,8 +894,8 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    with atomic(path) as part:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def read_jsonl(path: Path, parse=json.loads) -> list[dict]:
@@ -910,14 +906,16 @@ def read_jsonl(path: Path, parse=json.loads) -> list[dict]:
         raise UsageError(f"{path}, {error}") from None
 
 
-@contextlib.contextmanager
-def atomic(path: Path):
-    """Write to a temporary neighbour, a file or a folder, that takes the name only when it is complete."""
+def atomic(path: Path, write) -> None:
+    """`write` a temporary neighbour, a file or a folder, that takes the name only when it is complete. Process 0
+    alone writes, after all have come here, and all go on when it is done: so they find the same files."""
+    gather(None)
+    if RANK:
+        return gather(None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    discard(temporary)
+    discard(temporary := path.with_name(path.name + ".part"))
     try:
-        yield temporary
+        write(temporary)
         for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
             with file.open("rb+") as data:
                 os.fsync(data.fileno())  # on disk before it takes the name, or a power cut may leave it empty
@@ -926,6 +924,7 @@ def atomic(path: Path):
         raise OSError(f"{path} was not written ({error}); what was there before is kept") from error
     finally:
         discard(temporary)
+    return gather(None)
 
 
 def discard(path: Path) -> None:
@@ -935,9 +934,8 @@ def discard(path: Path) -> None:
 def save_model(path: Path, policy: Policy) -> None:
     """A Hugging Face folder, complete or absent: float32 weights, for others to load in the config's dtype."""
     weights = dict(zip(dict(policy.model.named_parameters()), policy.master, strict=True))
-    with atomic(path) as part:
-        policy.model.save_pretrained(part, state_dict=weights)
-        policy.tokenizer.save_pretrained(part)
+    save = policy.model.save_pretrained, policy.tokenizer.save_pretrained
+    atomic(path, lambda part: (save[0](part, state_dict=weights), save[1](part)))
 
 
 def table(rows: list[dict]) -> str:
@@ -954,11 +952,14 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line. An error that the user can fix is one line on stderr, with exit code 2."""
     cfg = parse_args(argv)
+    if WORLD > 1:  # some have nothing to do while others write lessons, and wait
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     logging.disable_progress_bar()  # those of transformers, one for every file it opens; ours stay
     try:
         print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
         with tempfile.TemporaryDirectory() as scratch:
-            run(dataclasses.replace(cfg, out=f"{scratch}/run") if cfg.smoke else cfg)
+            run(dataclasses.replace(cfg, out=gather(f"{scratch}/run")[0]) if cfg.smoke else cfg)
         if cfg.smoke:
             print("ok")
     except (UsageError, FloatingPointError, UnicodeError, OSError, torch.OutOfMemoryError) as error:
@@ -966,8 +967,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"oel.py: error: {busy if isinstance(error, TimeoutError) else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        then = "" if cfg.smoke else f"; the same command continues {cfg.out}"
-        print(f"oel.py: stopped in {status['phase']}{then}", file=sys.stderr)
+        print("oel.py: stopped" + ("" if cfg.smoke else f"; the same command continues {cfg.out}"), file=sys.stderr)
         sys.exit(130)
 
 

@@ -1655,14 +1655,14 @@ def test_a_disk_that_is_full_is_one_line_and_loses_nothing(lost, folder, lessons
     assert (tmp_path / lost / "round1/model/model.safetensors").exists()
 
 
-def test_a_run_that_is_stopped_says_where(folder, lessons, tmp_path, monkeypatch, capsys):
-    """Ctrl-C prints which phase of which round was stopped, and how to continue."""
+def test_a_run_that_is_stopped_says_how_to_continue(folder, lessons, tmp_path, monkeypatch, capsys):
+    """Ctrl-C prints one line, and which command continues."""
     monkeypatch.setattr(oel, "sample", mock.Mock(side_effect=KeyboardInterrupt))
     cfg = small(model=folder, out=tmp_path / "run", experience=lessons)
     with pytest.raises(SystemExit) as stop:
         oel.main(arguments(cfg))
     where, _, how = capsys.readouterr().err.strip().splitlines()[-1].partition("; ")
-    assert stop.value.code == 130 and where == "oel.py: stopped in round 1, consolidation"
+    assert stop.value.code == 130 and where == "oel.py: stopped"
     assert how == f"the same command continues {cfg.out}"
 
 

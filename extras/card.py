@@ -145,8 +145,8 @@ def older_form(folder: Path) -> None:
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     for name, settings in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        with oel.atomic(folder / name) as part:
-            part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        oel.atomic(folder / name, lambda part, text=text: part.write_text(text, "utf-8"))
 
 
 def main() -> None:
@@ -158,8 +158,8 @@ def main() -> None:
         config, r = newest_model(args.run)
         folder = args.run / f"round{r}/model"
         older_form(folder)
-        with oel.atomic(folder / "README.md") as part:
-            part.write_text(card(args.run, config, r, args.license), encoding="utf-8")
+        text = card(args.run, config, r, args.license)
+        oel.atomic(folder / "README.md", lambda part: part.write_text(text, "utf-8"))
     except (oel.UsageError, OSError) as error:
         print(f"card.py: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)

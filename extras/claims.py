@@ -61,8 +61,7 @@ def start(folder: Path, setting: str, options: list[str]) -> str:
     if not more.exists():
         found = accumulation(folder) if setting in ("frozenlake-thinking", "sokoban-thinking") else []
         found += counterfactual(folder) if setting == "frozenlake-thinking" else []
-        with oel.atomic(more) as part:
-            part.write_text(json.dumps(found))
+        oel.atomic(more, lambda part: part.write_text(json.dumps(found)))
     return folder.name
 
 

@@ -46,7 +46,7 @@ def own_logs(folder, lessons, tmp_path):
     return tmp_path / "own"
 
 
-# --- many_gpus.py -------------------------------------------------------------------------------------------
+# --- many processes -----------------------------------------------------------------------------------------
 def torchrun(*args):
     """Run a program in two processes."""
     return python("-m", "torch.distributed.run", "--nproc-per-node", 2, *args)
@@ -54,17 +54,18 @@ def torchrun(*args):
 
 def test_two_dashes_keep_logs_from_torchrun(tmp_path):
     """Catches: an option of ours that torchrun takes for one of its own (it has several that begin with --log)."""
-    done = torchrun("--", EXTRAS / "many_gpus.py", "--logs", tmp_path / "none.jsonl")
+    done = torchrun("--", EXTRAS.parent / "oel.py", "--logs", tmp_path / "none.jsonl")
     assert done.returncode and "oel.py: error: --logs" in done.stderr and "ambiguous" not in done.stderr
 
 
 def test_two_processes_learn_what_one_learns(folder, lessons, tmp_path):
-    """Catches: other noise, a share counted twice or not at all, two writers of one folder, a bad resume."""
-    cfg = small(model=folder, batch_episodes=3, eval_games=4, experience=lessons, rounds=2)
+    """Catches: other noise, a share counted twice or not at all, a mean of the processes' means, two writers of one
+    folder, a bad resume."""
+    cfg = small(model=folder, batch_episodes=3, eval_games=4, experience=lessons, rounds=2, micro_tokens=400)
     one, two = (dataclasses.replace(cfg, out=str(tmp_path / name)) for name in ("one", "two"))
     oel.run(one)
     for rounds in (1, 2):
-        done = torchrun(EXTRAS / "many_gpus.py", *arguments(dataclasses.replace(two, rounds=rounds)))
+        done = torchrun("--", EXTRAS.parent / "oel.py", *arguments(dataclasses.replace(two, rounds=rounds)))
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("forgetting") == 4 - rounds, "one process prints"
         assert done.stderr.count("step 1/2:   0%") == 1, "and shows its progress"
@@ -81,57 +82,47 @@ def test_two_processes_learn_what_one_learns(folder, lessons, tmp_path):
     assert all(relative(a, b) < 1e-2 for a, b in zip(first, second, strict=True))
 
 
-def test_the_loss_of_a_share_is_weighted_by_its_tokens(monkeypatch):
-    """Catches: a mean of the processes' means: replies of one process would count more than those of another."""
-    import many_gpus
-
-    monkeypatch.setattr(many_gpus.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(many_gpus.dist, "all_reduce", lambda x: None)  # only this share is added up
-    master = torch.zeros(3)
-    policy = oel.Policy(torch.nn.Linear(1, 1), None, [master], frozenset(), 9)
-    policy.model.device = torch.device("cpu")
-
-    def distill(policy, teacher, samples, cfg):
-        assert [len(s.response_ids) for s in samples] == [1, 2], "every second sample"
-        master.grad = torch.full((3,), 10.0)
-        return 4.0
-
-    samples = [oel.Sample([5], [6], [7] * n) for n in (1, 20, 2)]
-    loss = many_gpus.share_distill(distill)(policy, None, samples, None)
-    assert loss == pytest.approx(4 * 3 / 23) and master.grad.tolist() == pytest.approx([10 * 3 / 23] * 3)
-
-
 SHARED = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-import many_gpus
+import oel
 dist.init_process_group("gloo")
-adamw = torch.optim.AdamW
-plain, shared = ([torch.full((n,), 1.0, requires_grad=True) for n in (5, 4)] for _ in range(2))
-settings = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-one, other = adamw(plain, **settings), many_gpus.SharedAdamW(shared, *settings.values())
-for step in range(3):
-    for p in (*plain, *shared):
-        p.grad = torch.linspace(-1, step, len(p))
-    one.step(), other.step()
-    if step == 1:  # the saved state is the whole one, and another optimizer continues from it
-        found = [other.state_dict()]
-        assert bool(found[0]) == (many_gpus.RANK == 0)
-        dist.broadcast_object_list(found)
-        other = many_gpus.SharedAdamW(shared, *settings.values())
-        other.load_state_dict(found[0])
-assert all(torch.equal(a, b) for a, b in zip(plain, shared)), (plain, shared)
-assert len(other.optim.state) == 1, "each process keeps the state of one of the two"
-dist.barrier()
-os._exit(0)  # gloo's threads now and then abort a process that ends normally
+policy = oel.load_policy(sys.argv[2], torch.device("cpu"))
+whole = sum(p.numel() for p in policy.model.parameters())
+assert sum(m.numel() for m in policy.master) == (0 if oel.RANK else whole), "process 0 alone has the masters"
+for i, p in enumerate(policy.model.parameters()):  # a gradient from one process only, as where no batch was left
+    p.grad = torch.full_like(p, i) if oel.RANK else None
+policy.add_grads_to_master()
+grads = [m.grad for m in policy.master]
+assert all(g is None if oel.RANK else bool((g == i).all()) for i, g in enumerate(grads)), grads
+for master in policy.master:
+    master.fill_(7)
+policy.copy_master()
+assert all(bool((p == 7).all()) for p in policy.model.parameters()), "all have the new weights"
+calls = []
+oel.atomic(oel.Path(sys.argv[3]), lambda part: (calls.append(part), part.write_text("x")))
+assert oel.Path(sys.argv[3]).read_text() == "x" and len(calls) == 1 - oel.RANK, "one writes, and all find it"
+assert oel.gather(oel.RANK) == [0, 1]
 """
 
 
-def test_the_state_of_the_optimizer_is_spread_over_the_processes(tmp_path):
-    """Catches: all of it in every process, a share that nobody updates, or a saved one that is not the whole."""
+def test_process_0_has_the_masters_and_writes(folder, tmp_path):
+    """Catches: a copy of the masters in every process, a gradient or new weights that stay in one, two writers."""
     (tmp_path / "shared.py").write_text(SHARED)
-    done = torchrun(tmp_path / "shared.py", EXTRAS)
+    done = torchrun(tmp_path / "shared.py", EXTRAS.parent, folder, tmp_path / "record")
     assert done.returncode == 0, done.stderr[:4000]
+
+
+def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
+    """Catches: all processes of a machine on one GPU."""
+    monkeypatch.setattr(oel, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert {str(oel.find_device(name)) for name in ("", "cuda", "cuda:0")} == {"cuda:1"} == set(taken)
+    assert str(oel.find_device("cpu")) == "cpu" and len(taken) == 3
 
 
 # --- memory.py ----------------------------------------------------------------------------------------------

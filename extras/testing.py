@@ -358,19 +358,19 @@ def graphs(monkeypatch):
 
         def replay(self):
             with Watch():
-                self.step(*self.sizes)
+                self.step()
 
     @contextlib.contextmanager
     def record(graph, pool):  # nothing runs while a graph is captured
         assert (pool is None) == (not made), "graphs share the memory of the first"
-        step = oel.Sampler.decode_pass
+        forward = oel.Sampler.forward
 
-        def note(sampler, *sizes):
-            graph.step, graph.sizes = functools.partial(step, sampler), sizes
-            made.append(sizes)
+        def note(sampler, rows, ids, start, last, reach):
+            graph.step = functools.partial(forward, sampler, rows, ids, start, last, reach)
+            made.append((len(ids), reach))
 
         with monkeypatch.context() as during:
-            during.setattr(oel.Sampler, "decode_pass", note)
+            during.setattr(oel.Sampler, "forward", note)
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)

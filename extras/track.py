@@ -92,8 +92,7 @@ def track(run: Path, tracker: str, once: bool = False, pause: float = 5) -> int:
             done = once or finished(run, config)  # before the rows are read: none can be missed
             for step, key, values in new_rows(run, record["sent"], config["steps"]):
                 record["sent"].append(key)
-                with oel.atomic(path) as part:
-                    part.write_text(json.dumps(record) + "\n")
+                oel.atomic(path, lambda part: part.write_text(json.dumps(record) + "\n"))
                 send(values, step)
                 count += 1
             if done:
