@@ -1,4 +1,4 @@
-"""The paper's claims on the embedded policy: every run behind them, one table, one figure.
+"""The paper's claims on the lake of many letters: every run behind them, one table, one figure.
 
     python extras/claims.py            three seeds of everything, some hours on two cores; continues where it stopped
     python extras/claims.py --quick    one seed, one short round of each: under ten minutes, and only a first look
@@ -26,21 +26,19 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import oel
 import prompts
-from envs import FrozenLake, level_seeds
+from envs import BigLake, level_seeds
 
-GAMES = ("frozenlake", "sokoban")
-RUNS = {  # name of a setting -> options of oel.py
-    **{f"{game}-thinking": ["--env", game] for game in GAMES},
-    **{f"{game}-no-thinking": ["--env", game, "--no-thinking"] for game in GAMES},
-    **{f"{game}-{c}": ["--env", game, "--context", c, "--rounds", "1"] for game in GAMES for c in ("raw", "none")},
-    **{
-        way: ["--env", "sokoban", "--distill", way, "--rounds", "1", "--probe-games", "512", "--eval-every", "3"]
-        for way in ("on-policy", "off-policy")
-    },
-    **{f"{game}-others-lessons": ["--env", game, "--rounds", "1"] for game in GAMES},  # and --extractor
+STEPWISE = ["--rounds", "1", "--probe-games", "512", "--eval-every", "3"]
+RUNS = {  # name of a setting -> options of oel.py, which plays the lake with the embedded policy by default
+    "lessons": [],
+    "one round": ["--rounds", "1", "--episodes", "18", "--steps", "36"],  # as many episodes as three rounds play
+    "raw logs": ["--context", "raw", "--rounds", "2"],
+    "nothing": ["--context", "none", "--rounds", "1"],
+    **{way: ["--distill", way, *STEPWISE] for way in ("on-policy", "off-policy")},
+    "another's lessons": ["--rounds", "1"],  # and --extractor
 }
 QUICK = ["--rounds", "1", "--steps", "4", "--eval-games", "32", "--probe-games", "32", "--lists", "3"]
-EPISODES = (1, 2, 4, 8, 16)  # after how many episodes' lessons the in-context pass rate is taken
+EPISODES = (1, 2, 4, 8, 16, 32)  # after how many episodes' lessons the in-context pass rate is taken
 CEILING = 0.99  # a pass rate from here on counts as all that can be reached
 
 
@@ -59,8 +57,8 @@ def start(folder: Path, setting: str, options: list[str]) -> str:
         if done.returncode:
             raise RuntimeError(f"{folder.name} failed: {log.read_text().splitlines()[-1]}")
     if not more.exists():
-        found = accumulation(folder) if setting in ("frozenlake-thinking", "sokoban-thinking") else []
-        found += counterfactual(folder) if setting == "frozenlake-thinking" else []
+        found = [x for r in (0, 1) for x in accumulation(folder, r)] if setting == "lessons" else []
+        found += counterfactual(folder) if setting in ("lessons", "on-policy", "off-policy") else []
         oel.atomic(more, lambda part: part.write_text(json.dumps(found)))
     return folder.name
 
@@ -84,11 +82,18 @@ def settings(folder: Path) -> oel.Config:
     return oel.Config(**{f.name: config[f.name] for f in dataclasses.fields(oel.Config) if f.name in config})
 
 
-def accumulation(folder: Path) -> list[tuple]:
-    """In-context pass rate after the lessons of k episodes in every list, before anything is learned."""
+def after(folder: Path, cfg: oel.Config, r: int) -> oel.Policy:
+    """The policy of a run after round r; 0 is the one that it began with."""
+    source = str(folder / f"round{r}/model") if r else cfg.model
+    return oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
+
+
+def accumulation(folder: Path, r: int) -> list[tuple]:
+    """In-context pass rate of the policy after round r, after the lessons of k new episodes in every list."""
     cfg = settings(folder)
-    policy = oel.load_policy(cfg.model, oel.find_device(cfg.device), cfg.thinking)
-    phase = oel.phases(cfg, 1)
+    if r >= cfg.rounds:
+        return []
+    policy, phase = after(folder, cfg, r), oel.phases(cfg, r + 1)
     most = EPISODES[-1] if cfg.rounds > 1 else 4
     levels = level_seeds("extraction", most, 0) * cfg.lists
     trajectories = oel.deploy(policy, cfg, phase["games to extract from"]._replace(levels=levels))
@@ -101,17 +106,18 @@ def accumulation(folder: Path) -> list[tuple]:
             lists = []
         lists += [None] * (cfg.lists - len(lists))  # a list without lessons plays without
         played = oel.deploy(policy, cfg, phase["evaluation"], lists)
-        found.append((1, 0, f"in_context_after_{k}_episodes", oel.pass_rate(played)))
+        found.append((r, 0, f"in_context_after_{k}_episodes", oel.pass_rate(played)))
     return found
 
 
 def counterfactual(folder: Path) -> list[tuple]:
-    """Told that H is the goal and G a hole, where that is so: how often the first and the last policy win."""
+    """Told the rules of a lake where holes are harmless or the goal, and harmless things and the goal are holes: how
+    often the first and the last policy win on it."""
     cfg = settings(folder)
     found = []
-    for r, source in ((0, cfg.model), (cfg.rounds, str(folder / f"round{cfg.rounds}/model"))):
-        policy = oel.load_policy(source, oel.find_device(cfg.device), cfg.thinking)
-        games = [FrozenLake(hole="G", goal="H") for _ in range(cfg.eval_games)]
+    for r in (0, cfg.rounds):
+        policy = after(folder, cfg, r)
+        games = [BigLake(hole="EFLNG", goal="H", harmless="KMQT") for _ in range(cfg.eval_games)]
         told = prompts.as_items(games[0].rules())
         levels = level_seeds("held_out", len(games))
         episodes = [oel.episode(policy, g, x, str(x), cfg.reply_limit, told) for g, x in zip(games, levels)]
@@ -137,14 +143,19 @@ def found_in(folder: Path) -> list[tuple[int, int, str, float | None]]:
     return found
 
 
+def folder(root: Path, setting: str, seed: int) -> Path:
+    """Where the run of a setting and a seed lies."""
+    return root / f"{setting.replace(' ', '-').replace(chr(39), '')}-{seed}"
+
+
 def numbers(root: Path, seeds: list[int]) -> list[dict]:
     """Every number behind the claims, one a row."""
     columns = ("setting", "seed", "round", "step", "metric", "value")
     rows = []
     for setting in RUNS:
         for seed in seeds:
-            if (folder := root / f"{setting}-{seed}").exists():  # others' lessons need another policy
-                found = [f for f in found_in(folder) if f[-1] is not None]
+            if (path := folder(root, setting, seed)).exists():  # another's lessons need another policy
+                found = [f for f in found_in(path) if f[-1] is not None]
                 rows += [dict(zip(columns, (setting, seed, *f), strict=True)) for f in found]
     return rows
 
@@ -218,72 +229,66 @@ def above_one(ratios: list[float]) -> str:
 
 def table(n: Numbers) -> str:
     """The claims as Markdown: the paper's figure, ours, and whether it held. Ours is mean (spread) over seeds."""
-    lines = ["| claim | setting | the paper | here | held |", "|---|---|---|---|---|"]
+    lines = ["| claim | the paper | here | held |", "|---|---|---|---|"]
 
-    def add(claim: str, setting: str, paper: str, here: str, held: str) -> None:
-        lines.append(f"| {claim} | {setting} | {paper} | {here} | {held} |")
+    def add(claim: str, paper: str, here: str, held: str) -> None:
+        lines.append(f"| {claim} | {paper} | {here} | {held} |")
 
-    modes = [f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")]
-    for name in modes:
-        rates = [n.mean(name, "pass_rate", r) for r in n.rounds(name)]
-        rises = all(b > a or b >= CEILING for a, b in itertools.pairwise(rates))
-        add("Pass rate rises every round (or is at 99%)", name, "yes, both games",
-            " → ".join(n.ends(name, "pass_rate")), "yes" if rises else "no")  # fmt: skip
-    for name in modes:
-        lengths = [n.mean(name, "reply_tokens", r) for r in n.rounds(name)]
-        add("Replies get shorter", name, "to about 70% in three rounds (Frozen Lake)",
-            " → ".join(f"{x:.1f}" for x in lengths) + f" tokens: to {lengths[-1] / lengths[0]:.0%}",
-            more(lengths[0] / lengths[-1], 1))  # fmt: skip
-    for game in GAMES:
-        names = {"lessons": f"{game}-thinking", "raw logs": f"{game}-raw", "nothing": f"{game}-none"}
-        for metric, claim, paper in [
-            ("in_context_pass_rate", "Lessons beat raw logs, in context", "18.2% against 10.9% (Sokoban)"),
-            ("pass_rate", "Lessons beat raw logs, consolidated", "21.4% against 7.8% (Sokoban)"),
-        ]:
-            here = ", ".join(f"{what} {n.shown(name, metric, 1)}" for what, name in names.items())
-            add(claim, f"{game}, round 1", paper, here,
-                compared(*(n.values(names[what], metric, 1) for what in ("lessons", "raw logs"))))  # fmt: skip
-    add("Off-policy distillation forgets, on-policy does not", "sokoban, one round, 512 games",
+    rates = [n.mean("lessons", "pass_rate", r) for r in n.rounds("lessons")]
+    rises = all(b > a or b >= CEILING for a, b in itertools.pairwise(rates))
+    add("Pass rate rises every round", "yes, both games", " → ".join(n.ends("lessons", "pass_rate")),
+        "yes" if rises else "no")  # fmt: skip
+    lengths = [n.mean("lessons", "reply_tokens", r) for r in n.rounds("lessons")]
+    add("Replies get shorter", "to about 70% in three rounds (Frozen Lake)",
+        " → ".join(f"{x:.1f}" for x in lengths) + f" tokens: to {lengths[-1] / lengths[0]:.0%}",
+        more(lengths[0] / lengths[-1], 1))  # fmt: skip
+    three, one = n.values("lessons", "pass_rate", 3), n.values("one round", "pass_rate", 1)
+    add("Three rounds beat one with as many episodes and steps", "not tried",
+        f"{mean_and_spread(three)} against {mean_and_spread(one)}", compared(three, one))  # fmt: skip
+    for metric, where, paper in (
+        ("in_context_pass_rate", "in context", "18.2% against 10.9% (Sokoban)"),
+        ("pass_rate", "consolidated", "21.4% against 7.8% (Sokoban)"),
+    ):
+        for r in (1, 2):
+            names = ("lessons", "raw logs", "nothing") if r == 1 else ("lessons", "raw logs")
+            add(f"Lessons beat raw logs, {where}, round {r}", paper,
+                ", ".join(f"{name} {n.shown(name, metric, r)}" for name in names),
+                compared(*(n.values(name, metric, r) for name in names[:2])))  # fmt: skip
+    add("Off-policy distillation forgets, on-policy does not (512 games)",
         "IF-Eval stays at 66% to 67%; off-policy falls", *forgetting(n))  # fmt: skip
-    for game in GAMES:
-        own, other = f"{game}-thinking", f"{game}-others-lessons"
-        for metric, claim, paper in [
-            (
-                "in_context_pass_rate",
-                "Own lessons beat a bigger model's, in context",
-                "23.8% against 18.0% (Frozen Lake)",
-            ),
-            ("pass_rate", "Own lessons beat a bigger model's, consolidated", "31.1% against 22.7% (Frozen Lake)"),
-        ]:
-            add(claim, f"{game}, round 1", paper, f"{n.shown(own, metric, 1)} against {n.shown(other, metric, 1)}",
-                compared(n.values(own, metric, 1), n.values(other, metric, 1)))  # fmt: skip
-    for game in GAMES:
-        own = f"{game}-thinking"
-        measured = [k for k in EPISODES if n.values(own, f"in_context_after_{k}_episodes")]
-        curve = [n.mean(own, f"in_context_after_{k}_episodes") for k in measured]
-        shown = ", ".join(f"{k}: {n.shown(own, f'in_context_after_{k}_episodes')}" for k in measured)
+    told = {way: [n.shown(way, "counterfactual_pass_rate", r) for r in (0, 1)] for way in ("on-policy", "off-policy")}
+    last = [n.values(way, "counterfactual_pass_rate", 1) for way in told]
+    add("After on-policy distillation it believes its prompt more than after off-policy (holes and others exchanged, and "
+        "said so)", "-", ", ".join(f"{way} {' → '.join(shown)}" for way, shown in told.items()), compared(*last))  # fmt: skip
+    for metric, where, paper in (
+        ("in_context_pass_rate", "in context", "23.8% against 18.0% (Frozen Lake)"),
+        ("pass_rate", "consolidated", "31.1% against 22.7% (Frozen Lake)"),
+    ):
+        own, other = (n.values(name, metric, 1) for name in ("lessons", "another's lessons"))
+        add(f"Own lessons beat a better player's, {where}, round 1", f"{paper}, a bigger model's",
+            f"{mean_and_spread(own)} against {mean_and_spread(other)}", compared(own, other))  # fmt: skip
+    for r in (0, 1):
+        name = "in_context_after_{}_episodes".format
+        measured = [k for k in EPISODES if n.values("lessons", name(k), r)]
+        curve = [n.mean("lessons", name(k), r) for k in measured]
+        shown = ", ".join(f"{k}: {n.shown('lessons', name(k), r)}" for k in measured)
         flat = next((k for k, rate in zip(measured, curve, strict=True) if rate > max(curve) - 0.01), None)
-        add("Accumulation saturates: in context after k episodes", f"{game}, round 1", "rises, then levels off", shown,
-            f"yes, from {flat} on" if flat and 1 < flat < measured[-1] else "no: flat" if flat == 1 else "no")  # fmt: skip
-    papers = {"frozenlake-thinking": "31.1% from 23.8% in context", "sokoban-thinking": "21.4% from 18.2% in context"}
-    for name in modes:
-        found = [n.values(name, "internalised", r) for r in n.rounds(name)[1:]]
-        inside = [
+        add(f"Accumulation saturates: the policy after round {r}, in context after k episodes", "rises, then levels off",
+            shown or "not measured", f"yes, from {flat} on" if flat and 1 < flat < measured[-1] else "no")  # fmt: skip
+    inside = [n.values("lessons", "internalised", r) for r in n.rounds("lessons")[1:]]
+    add("More is internalised than the lessons bring in context", "31.1% from 23.8% in context (Frozen Lake)",
+        "(consolidated - base) / (in context - base), by round: "
+        + "; ".join(
             f"{mean_and_spread(ratios)}, above 100% in {sum(x > 1 for x in ratios)} of {len(ratios)} seeds"
-            for ratios in found
-            if ratios
-        ]
-        rates = [n.values(name, metric, 1) for metric in ("pass_rate", "in_context_pass_rate")]
-        add("More is internalised than the lessons bring in context", f"{name}, by round", papers.get(name, "-"),
-            "(consolidated - base) / (in context - base): " + "; ".join(inside),
-            uninformative(*rates) or above_one(n.values(name, "internalised", 1)))  # fmt: skip
-    name = "frozenlake-thinking"
-    first, last = (n.mean(name, "unseen_pass_rate", r) for r in (0, n.rounds(name)[-1]))
-    add("It learns rules, not boards: 4x4 boards, never trained on", name, "-",
-        " → ".join(n.ends(name, "unseen_pass_rate")), more(last, first))  # fmt: skip
-    told = [n.mean(name, "counterfactual_pass_rate", r) for r in (0, n.rounds(name)[-1])]
-    add("It still believes its prompt: H is the goal and G a hole, said and so", f"{name}, before → after", "-",
-        " → ".join(n.shown(name, "counterfactual_pass_rate", r) for r in (0, n.rounds(name)[-1])),
+            if ratios else "the lessons brought nothing in context" for ratios in inside
+        ),
+        above_one([x for ratios in inside for x in ratios]))  # fmt: skip
+    unseen = n.ends("lessons", "unseen_pass_rate")
+    first, last = (n.mean("lessons", "unseen_pass_rate", r) for r in (0, n.rounds("lessons")[-1]))
+    add("It learns rules, not boards: 3x3 boards, never trained on", "-", " → ".join(unseen), more(last, first))
+    told = [n.mean("lessons", "counterfactual_pass_rate", r) for r in (0, n.rounds("lessons")[-1])]
+    add("It still believes its prompt after three rounds (holes and others exchanged, and said so)", "-",
+        " → ".join(n.shown("lessons", "counterfactual_pass_rate", r) for r in (0, n.rounds("lessons")[-1])),
         "not measured" if None in told else "yes" if told[1] > told[0] - 0.05 else "no")  # fmt: skip
     return "\n".join(lines)
 
@@ -336,27 +341,31 @@ def draw(n: Numbers, path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "oel", "font.size": 8, "axes.spines.top": False})
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.4), layout="constrained")
     (rates, lengths, contexts), (forgets, accumulates, internalised) = axes
-    for i, name in enumerate(f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")):
-        rounds = n.rounds(name)
-        for panel, metric, scale in ((rates, "pass_rate", 1), (lengths, "reply_tokens", None)):
-            means = [n.mean(name, metric, r) for r in rounds]
-            low, high = ([f(n.values(name, metric, r)) for r in rounds] for f in (min, max))
-            scale = scale or means[0]
-            panel.plot(rounds, [x / scale for x in means], f"C{i}o-", markersize=3, label=name)
-            panel.fill_between(rounds, [x / scale for x in low], [x / scale for x in high], color=f"C{i}", alpha=0.15)
+    rounds = n.rounds("lessons")
+    for panel, metric in ((rates, "pass_rate"), (rates, "in_context_pass_rate"), (lengths, "reply_tokens")):
+        known = [r for r in rounds if n.values("lessons", metric, r)]
+        means = [n.mean("lessons", metric, r) for r in known]
+        low, high = ([f(n.values("lessons", metric, r)) for r in known] for f in (min, max))
+        color = "C1" if metric.startswith("in") else "C0"
+        panel.plot(
+            known, means, f"{color}o-", markersize=3, label=metric.removesuffix("_pass_rate").replace("_", " ")
+        )
+        panel.fill_between(known, low, high, color=color, alpha=0.15)
+    ones = n.values("one round", "pass_rate", 1)
+    rates.plot([rounds[-1]] * len(ones), ones, "kx", markersize=4, label="one round, as many episodes")
     rates.set(title="pass rate by round", xticks=rounds, ylim=(-0.03, 1.03))
-    lengths.set(title="reply tokens, relative to round 0", xticks=rounds)
+    lengths.set(title="reply tokens by round", xticks=rounds)
     rates.legend(frameon=False, fontsize=7)
-    labels, places = [], []
-    for i, name in enumerate(f"{game}-{c}" for game in GAMES for c in ("thinking", "raw", "none")):
-        labels.append(name.replace("-thinking", "-lessons"))
-        places.append(i + i // 3)
+    bars = [
+        (name, r) for r in (1, 2) for name in ("lessons", "raw logs", "nothing") if n.values(name, "pass_rate", r)
+    ]
+    for i, (name, r) in enumerate(bars):
         for j, metric in enumerate(("in_context_pass_rate", "pass_rate")):
-            where = places[-1] + 0.4 * j - 0.2
-            contexts.bar(where, n.mean(name, metric, 1) or 0, 0.4, color=f"C{j}", alpha=0.7)
-            contexts.plot([where] * len(n.values(name, metric, 1)), n.values(name, metric, 1), "k.", markersize=3)
-    contexts.set(title="round 1: in context (left), consolidated", ylim=(0, 1.03))
-    contexts.set_xticks(places, labels, rotation=30, ha="right")
+            where, values = i + 0.4 * j - 0.2, n.values(name, metric, r)
+            contexts.bar(where, n.mean(name, metric, r) or 0, 0.4, color=f"C{1 - j}", alpha=0.7)
+            contexts.plot([where] * len(values), values, "k.", markersize=3)
+    contexts.set(title="in context (left), consolidated", ylim=(0, 1.03))
+    contexts.set_xticks(range(len(bars)), [f"{name}, round {r}" for name, r in bars], rotation=30, ha="right")
     for i, way in enumerate(("on-policy", "off-policy")):
         for seed in sorted({row["seed"] for row in n.rows if row["setting"] == way}):
             one = Numbers([row for row in n.rows if row["seed"] == seed])
@@ -366,17 +375,19 @@ def draw(n: Numbers, path: Path) -> None:
                 for metric in ("pass_rate", "forgetting_pass_rate")
             ]
             forgets.plot(*line, f"C{i}.-", linewidth=0.8, markersize=3, label=way if seed == 1 else None)
-    forgets.set(title="forgetting probe, by pass rate, step by step", xlabel="pass rate", ylim=(0.9, 1.005))
+    forgets.set(title="forgetting probe, by pass rate, step by step", xlabel="pass rate", ylim=(0.7, 1.005))
     if n.values("on-policy", "pass_rate"):
         forgets.legend(frameon=False)
-    for i, game in enumerate(GAMES):
-        means = [n.mean(f"{game}-thinking", f"in_context_after_{k}_episodes") for k in EPISODES]
-        accumulates.plot(EPISODES, means, f"C{2 * i}o-", markersize=3, label=game)
-    accumulates.set(title="in context after k episodes' lessons", xlabel="k", xticks=EPISODES, ylim=(-0.03, 1.03))
+    for r in (0, 1):
+        means = [n.mean("lessons", f"in_context_after_{k}_episodes", r) for k in EPISODES]
+        accumulates.plot(EPISODES, means, f"C{r}o-", markersize=3, label=f"the policy after round {r}")
+    accumulates.set(title="in context after k episodes' lessons", xlabel="k", xscale="log", ylim=(-0.03, 1.03))
+    accumulates.set_xticks(EPISODES, map(str, EPISODES))
     accumulates.legend(frameon=False)
-    for i, name in enumerate(f"{game}-{mode}" for game in GAMES for mode in ("thinking", "no-thinking")):
-        gains = [n.values(name, f"{kind}_gain") for kind in ("in_context", "consolidated")]
-        internalised.plot(*gains, f"C{i}o", markersize=4, alpha=0.6, label=name)
+    for r in rounds[1:]:
+        gains = [n.values("lessons", f"{kind}_gain", r) for kind in ("in_context", "consolidated")]
+        internalised.plot(*gains, f"C{r}o", markersize=4, alpha=0.6, label=f"round {r}")
+    internalised.legend(frameon=False)
     internalised.axline((0, 0), slope=1, color="grey", linewidth=0.8)
     internalised.set(title="gain of each round", xlabel="in context", ylabel="consolidated")
     figure.savefig(path, metadata={"Date": None, "Creator": None})
@@ -396,12 +407,12 @@ def main() -> None:
     todo = []
     for seed in seeds:
         for name, options in RUNS.items():
-            if name.endswith("others-lessons"):
+            if name == "another's lessons":
                 if not args.extractor:
                     continue
                 options = [*options, "--extractor", args.extractor]
             options = [*options, "--seed", str(seed), *(QUICK if args.quick else [])]
-            todo.append((root / f"{name}-{seed}", name, options))
+            todo.append((folder(root, name, seed), name, options))
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         try:
             for done in concurrent.futures.as_completed([pool.submit(start, *one) for one in todo]):
