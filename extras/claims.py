@@ -28,11 +28,11 @@ import oel
 import prompts
 from envs import BigLake, level_seeds
 
-STEPWISE = ["--rounds", "1", "--probe-games", "512", "--eval-every", "3"]
+STEPWISE = ["--rounds", "1", "--probe-games", "512", "--eval-every", "4"]
 RUNS = {  # name of a setting -> options of oel.py, which plays the lake with the embedded policy by default
     "lessons": [],
     "one round": ["--rounds", "1", "--episodes", "18", "--steps", "36"],  # as many episodes as three rounds play
-    "raw logs": ["--context", "raw", "--rounds", "2"],
+    "raw logs": ["--context", "raw", "--rounds", "1"],
     "nothing": ["--context", "none", "--rounds", "1"],
     **{way: ["--distill", way, *STEPWISE] for way in ("on-policy", "off-policy")},
     "another's lessons": ["--rounds", "1"],  # and --extractor
@@ -143,7 +143,7 @@ def found_in(folder: Path) -> list[tuple[int, int, str, float | None]]:
     return found
 
 
-def folder(root: Path, setting: str, seed: int) -> Path:
+def run_folder(root: Path, setting: str, seed: int) -> Path:
     """Where the run of a setting and a seed lies."""
     return root / f"{setting.replace(' ', '-').replace(chr(39), '')}-{seed}"
 
@@ -154,7 +154,7 @@ def numbers(root: Path, seeds: list[int]) -> list[dict]:
     rows = []
     for setting in RUNS:
         for seed in seeds:
-            if (path := folder(root, setting, seed)).exists():  # another's lessons need another policy
+            if (path := run_folder(root, setting, seed)).exists():  # another's lessons need another policy
                 found = [f for f in found_in(path) if f[-1] is not None]
                 rows += [dict(zip(columns, (setting, seed, *f), strict=True)) for f in found]
     return rows
@@ -249,11 +249,10 @@ def table(n: Numbers) -> str:
         ("in_context_pass_rate", "in context", "18.2% against 10.9% (Sokoban)"),
         ("pass_rate", "consolidated", "21.4% against 7.8% (Sokoban)"),
     ):
-        for r in (1, 2):
-            names = ("lessons", "raw logs", "nothing") if r == 1 else ("lessons", "raw logs")
-            add(f"Lessons beat raw logs, {where}, round {r}", paper,
-                ", ".join(f"{name} {n.shown(name, metric, r)}" for name in names),
-                compared(*(n.values(name, metric, r) for name in names[:2])))  # fmt: skip
+        names = ("lessons", "raw logs", "nothing")
+        add(f"Lessons beat raw logs, {where}, round 1", paper,
+            ", ".join(f"{name} {n.shown(name, metric, 1)}" for name in names),
+            compared(*(n.values(name, metric, 1) for name in names[:2])))  # fmt: skip
     add("Off-policy distillation forgets, on-policy does not (512 games)",
         "IF-Eval stays at 66% to 67%; off-policy falls", *forgetting(n))  # fmt: skip
     told = {way: [n.shown(way, "counterfactual_pass_rate", r) for r in (0, 1)] for way in ("on-policy", "off-policy")}
@@ -356,16 +355,14 @@ def draw(n: Numbers, path: Path) -> None:
     rates.set(title="pass rate by round", xticks=rounds, ylim=(-0.03, 1.03))
     lengths.set(title="reply tokens by round", xticks=rounds)
     rates.legend(frameon=False, fontsize=7)
-    bars = [
-        (name, r) for r in (1, 2) for name in ("lessons", "raw logs", "nothing") if n.values(name, "pass_rate", r)
-    ]
-    for i, (name, r) in enumerate(bars):
+    names = ("lessons", "raw logs", "nothing", "another's lessons")
+    for i, name in enumerate(names):
         for j, metric in enumerate(("in_context_pass_rate", "pass_rate")):
-            where, values = i + 0.4 * j - 0.2, n.values(name, metric, r)
-            contexts.bar(where, n.mean(name, metric, r) or 0, 0.4, color=f"C{1 - j}", alpha=0.7)
+            where, values = i + 0.4 * j - 0.2, n.values(name, metric, 1)
+            contexts.bar(where, n.mean(name, metric, 1) or 0, 0.4, color=f"C{1 - j}", alpha=0.7)
             contexts.plot([where] * len(values), values, "k.", markersize=3)
-    contexts.set(title="in context (left), consolidated", ylim=(0, 1.03))
-    contexts.set_xticks(range(len(bars)), [f"{name}, round {r}" for name, r in bars], rotation=30, ha="right")
+    contexts.set(title="round 1: in context (left), consolidated", ylim=(0, 1.03))
+    contexts.set_xticks(range(len(names)), names)
     for i, way in enumerate(("on-policy", "off-policy")):
         for seed in sorted({row["seed"] for row in n.rows if row["setting"] == way}):
             one = Numbers([row for row in n.rows if row["seed"] == seed])
@@ -412,7 +409,7 @@ def main() -> None:
                     continue
                 options = [*options, "--extractor", args.extractor]
             options = [*options, "--seed", str(seed), *(QUICK if args.quick else [])]
-            todo.append((folder(root, name, seed), name, options))
+            todo.append((run_folder(root, name, seed), name, options))
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         try:
             for done in concurrent.futures.as_completed([pool.submit(start, *one) for one in todo]):
