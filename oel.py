@@ -368,7 +368,7 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
         policy.copy_master()
         tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
         row = {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "replies": len(samples), "seconds": seconds}
-        on_step(step, {**row, "tokens_per_second": tokens / seconds})
+        on_step(step, {**row, "tokens_per_second": tokens / max(seconds, 1e-9)})
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             progress = {"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}
             atomic(state, functools.partial(torch.save, progress))

@@ -455,3 +455,102 @@ def test_own_logs_are_trained_on_in_their_order(folder, lessons, tmp_path):
             small(model=folder, out=tmp_path / "two", logs=tmp_path / "logs.jsonl", experience=tmp_path / "long.txt")
         )
     assert not (tmp_path / "two").exists(), "it is said before anything is played"
+
+
+# --- faults that all other tests let through ----------------------------------------------------------------
+def test_the_defaults_are_the_papers():
+    """Catches: another nucleus, learning rate, or number of episodes or steps than the paper's."""
+    cfg = oel.parse_args(["--model", "Qwen/Qwen3-1.7B"])
+    assert (cfg.temperature, cfg.top_p, cfg.top_k, cfg.reply_limit) == (0.7, 0.8, 20, 1024)
+    assert (cfg.lr, cfg.weight_decay, cfg.steps, cfg.batch_episodes, cfg.eval_games) == (5e-6, 0.01, 20, 64, 128)
+    assert (cfg.lists, cfg.episodes, cfg.form, cfg.previous, cfg.experience_budget) == (10, 15, "free", False, 2048)
+    for name, episodes, steps in (("4B", 25, 20), ("8B", 50, 100), ("4B-Instruct-2507", 50, 100)):
+        cfg = oel.parse_args(["--model", f"Qwen/Qwen3-{name}"])
+        assert (cfg.episodes, cfg.steps, cfg.lr, cfg.form, cfg.previous) == (episodes, steps, 1e-6, "items", True)
+        assert cfg.experience_budget == 8192
+
+
+def test_the_games_have_the_sizes_that_the_results_are_of():
+    """Catches: a lake with another number of holes or turns, or rules that exchange hole and goal."""
+    lakes = [envs.FrozenLake(), envs.FrozenLake.unseen(), envs.BigLake(), envs.BigLake.unseen()]
+    sizes = [(game.size, game.num_holes, game.max_turns) for game in lakes]
+    assert sizes == [(3, 2, 5), (4, 3, 8), (4, 4, 8), (3, 2, 5)]
+    assert (envs.Sokoban().size, envs.Sokoban().max_turns) == (6, 5)
+    for said in ("H is a hole. Stepping on H loses.", "G is the goal. Stepping on G wins."):
+        assert said in envs.FrozenLake().rules() and said in envs.BigLake().rules()
+    assert "E is harmless. Stepping on E does nothing." in envs.BigLake().rules()
+
+
+def test_eq_1_keeps_what_is_said_twice():
+    """Catches: lines that are dropped because an earlier one is equal, which Eq. 1 does not do."""
+    assert prompts.accumulate("a\nb", "a\nc", 100, len) == "a\nb\na\nc"
+
+
+def test_the_answer_is_behind_the_last_closing_tag():
+    """Catches: an answer that still holds reasoning, where a reply closes its reasoning twice."""
+    assert prompts.answer("<think>[up]</think> no [left] </think> [right]") == "[right]"
+
+
+def test_reply_tokens_are_a_mean_over_all_turns(monkeypatch):
+    """Catches: a mean of the episodes' means, in which a turn of a short episode counts more."""
+    rest = {"invalid": 0, "truncated": 0, "unclosed": 0}
+    outcomes = [{"won": True, "turns": 1, "reply_tokens": 10}, {"won": False, "turns": 9, "reply_tokens": 360}]
+    monkeypatch.setattr(oel, "deploy", lambda *_, **__: [{"outcome": {**x, **rest}} for x in outcomes])
+    metrics, _ = oel.evaluate(None, small(), oel.phases(small(), 1))
+    assert (metrics["reply_tokens"], metrics["pass_rate"]) == (37, 0.5)
+
+
+def test_lessons_are_counted_without_the_chat_template(policy):
+    """Catches: a budget that every list of lessons spends on the markers of a chat."""
+    assert policy.count_tokens("") == 0
+    assert policy.count_tokens("abc") == len(policy.tokenizer.encode("abc", add_special_tokens=False))
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_the_extractor_sees_reasoning_only_if_it_should(policy, reasoning):
+    """Catches: --no-reasoning without effect where lessons are written."""
+    log = logs(1)[0]
+    log["turns"][0]["response"] = "<think>SECRET</think> [right]"
+    request = next(oel.lesson_list(policy, small(reasoning=reasoning), [log]))
+    assert ("SECRET" in policy.decode(request.prompt_ids)) == reasoning
+
+
+def test_noise_does_not_depend_on_the_length_of_the_prompt(policy):
+    """Catches: noise by the place in the row. A reply would change with what stands before it even where the
+    model's probabilities do not."""
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.zero_()  # all tokens are equally probable
+    how = {"max_new_tokens": 8, "stop_ids": frozenset(), "vocab_size": policy.vocab_size, "seed": 3}
+    short, long = (oel.sample(policy.model, [[5] * n], **how)[0].ids for n in (3, 40))
+    assert short == long and len(set(short)) > 1
+
+
+@pytest.mark.parametrize("nucleus", [True, False])
+def test_every_phase_samples_at_the_temperature(policy, nucleus):
+    """Catches: a temperature that is fixed in some phases."""
+    how = oel.sampling(policy, small(temperature=0.3, top_p=0.4, top_k=5), oel.Phase([], 9, nucleus), "")
+    assert (how["temperature"], how["seed"]) == (0.3, 9)
+    assert (how.get("top_p"), how.get("top_k")) == ((0.4, 5) if nucleus else (None, None))
+
+
+def test_a_run_loads_its_policy_as_the_options_say(folder, tmp_path, monkeypatch):
+    """Catches: --no-thinking, --dtype or --offload that a run does not hand on."""
+    asked = []
+    monkeypatch.setattr(oel, "load_policy", lambda *how: asked.append(how) or oel.require(False, "enough"))
+    cfg = small(model=folder, out=tmp_path / "run", thinking=False, dtype="bfloat16", offload=True)
+    with pytest.raises(oel.UsageError, match="enough"):
+        oel.run(cfg)
+    assert asked == [(str(folder), torch.device("cpu"), False, "bfloat16", True)]
+
+
+def test_masters_are_the_weights_before_they_are_rounded(folder):
+    """Catches: float32 masters that were rounded to bf16 first, so that a run begins with another policy."""
+    plain, half = (load(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert all(torch.equal(a, b) for a, b in zip(plain.master, half.master, strict=True))
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in half.master), "rounding would show"
+
+
+def test_a_clock_that_stands_still_stops_nothing(policy, monkeypatch):
+    """Catches: tokens per second by a division by zero."""
+    monkeypatch.setattr(oel.time, "perf_counter", lambda: 7.0)
+    assert all(row["tokens_per_second"] > 0 for row in consolidated(policy, small(steps=1)))
