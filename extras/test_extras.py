@@ -16,6 +16,7 @@ import torch
 EXTRAS = Path(__file__).resolve().parent
 sys.path[:0] = [str(EXTRAS), str(EXTRAS.parent)]
 import oel
+import prompts
 from extras.testing import arguments, files_in, load, logs, python, relative, rows_of, small
 
 pytest_plugins = ["extras.testing"]
@@ -170,6 +171,30 @@ def test_a_glance_obeys_no_control_character(own_logs, tool):
     assert code == 0 and "√\t\n</pre>" in out and r"\x00\x1b[31m <|im_end|>\x9b2J" in out
     assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f]", out)
     assert sys.modules["glance"].visible("\u202e \ud800\r\n√é") == "\\u202e \\ud800\\r\n√é"
+
+
+def test_letters_are_split_by_what_lessons_said(tmp_path, tool):
+    """Catches: a guess that counts as knowledge, a false lesson that counts as true, a letter named in a later round."""
+    lists = {1: ["Never step on H.", "Ignore H.", "Go to G."], 2: ["Stepping on E does nothing."]}
+    says = {
+        0: ["(0,1) H is new. No lesson says what H is, no board says what H does. Just a guess: H is a hole"],
+        1: ["(0,1) H is harmless", "(0,2) G is the goal", "(1,1) E is a hole", "(0,0) is me"],
+        2: ["(0,1) H is a hole", "(0,2) G is the goal", "(1,1) E is harmless"],
+    }
+    (tmp_path / "config.json").write_text('{"env": "biglake", "rounds": 2}')
+    for r, lines in says.items():
+        (tmp_path / f"round{r}/experience").mkdir(parents=True)
+        (tmp_path / f"round{r}/experience/00.txt").write_text(prompts.as_items(lists.get(r, [])))
+        oel.write_jsonl(tmp_path / f"round{r}/held_out.jsonl", [{"turns": [{"response": "\n".join(lines)}]}])
+    code, out, _ = tool("letters", tmp_path)
+    rows = [line.split(" | ")[1:] for line in out.splitlines() if line.startswith(f"| {tmp_path.name}")]
+    assert code == 0 and rows[0] == ["0", "-", "B C D E F G H J K L M N Q T V", "-", "100% (100% as guesses) |"]
+    assert rows[1][:2] == ["1", "2 of 3"] and rows[1][3:] == ["50% (0% as guesses)", "0% (0% as guesses) |"]
+    assert "E" in rows[1][2] and not {"H", "G"} & {*rows[1][2]}
+    assert rows[2][3] == "100% (0% as guesses)"
+    assert rows[3] == ["H is harmless", "1", "1", "0% (0% as guesses)", "100% (0% as guesses) |"]
+    (tmp_path / "config.json").write_text('{"env": "sokoban", "rounds": 2}')
+    assert "its game is sokoban" in str(tool("letters", tmp_path)[0])
 
 
 def test_the_table_over_seeds_is_their_mean_and_spread(tmp_path):
