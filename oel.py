@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import functools
 import importlib
 import json
@@ -43,6 +42,7 @@ import time
 import traceback
 import zlib
 from collections import namedtuple
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ import prompts
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
 FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add yours once its test passes
-RANK, WORLD = (int(os.environ.get(x, n)) for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun sets these
+RANK, WORLD = (int(os.environ.get(x, n)) for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # process RANK of WORLD
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class Config:
     experience_budget: int = option(2048, "most tokens in a list of lessons, and of one extraction's reply")
     experience: str = option("", "file of lessons to consolidate; then none are extracted")
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
-    context: str = option("items", "teacher sees lessons of any form, raw logs, or nothing", ("items", "raw", "none"))
+    context: str = option("items", "teacher sees the lessons, raw logs, or nothing", ("items", "raw", "none"))
     distill: str = option("on-policy", "who replies: student, or teacher (forward KL)", ("on-policy", "off-policy"))
     steps: int = option(20, "optimizer steps a round")
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
@@ -106,7 +106,7 @@ class Config:
     eval_games: int = option(128, "held-out levels for the pass rate")
     probe_games: int = option(64, "levels for the in-context, unseen and forgetting pass rates")
     eval_every: int = option(0, "also evaluate after every so many steps; 0: after rounds only")
-    rows: int = option(0, "replies sampled at the same time, as far as memory holds them; 0: at most 256")
+    rows: int = option(0, "replies sampled at once by a process, as far as memory holds them; 0: at most 256")
     dtype: str = option("", "dtype of the model (default: bfloat16 on CUDA)", ("bfloat16", "float32"))
     offload: bool = option(False, "keep float32 weights and AdamW's state in main memory, not on the GPU")
     graphs: bool = option(False, "on CUDA, replay decode steps as graphs (not tried on a GPU yet)")
@@ -150,16 +150,17 @@ def run(cfg: Config) -> list[dict]:
     """The algorithm at the top of this file; returns the rows of metrics.jsonl. Every stage leaves a record and is
     not run again once it has one, so the same command continues a run that was stopped."""
     out, device = Path(cfg.out), find_device(cfg.device)
-    own, lessons, settings = check_inputs(cfg, out)
     with contextlib.nullcontext() if RANK else FileLock(f"{out.resolve()}.lock", blocking=False):
-        done = max((r for r in range(1, cfg.rounds + 1) if (out / f"round{r}/model").exists()), default=0)
+        own, lessons, settings = check_inputs(cfg, out)
+        done = max([r for r in range(cfg.rounds + 1) if (out / f"round{r}/model").exists()], default=0)
         source = str(out / f"round{done}/model") if done else cfg.model
         policy = load_policy(source, device, cfg.thinking, cfg.dtype, cfg.offload)
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
-        early = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # refused before play
+        texts = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # too long for it?
         budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
-        early += [prompts.extraction_prompt(log, "", cfg.form, cfg.reasoning) for log in own if budget]
-        check_fits(policy.model, budget + max(len(policy.encode(x)) for x in early), cfg.reply_limit)
+        read = own if budget and cfg.context == "items" and not cfg.extractor else []
+        texts += [prompts.extraction_prompt(log, "", cfg.form, cfg.reasoning) for log in read]
+        check_fits(policy.model, budget + max(len(policy.encode(x)) for x in texts), cfg.reply_limit)
         atomic(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
         if cfg.logs:  # the user's logs take the place of what deploy would record
             write_jsonl(out / "round1/trajectories.jsonl", own)
@@ -168,7 +169,7 @@ def run(cfg: Config) -> list[dict]:
             measure(policy, cfg, 0, 0, out, time.perf_counter())
         for r in range(max(done, 1), cfg.rounds + 1):  # round `done` again: its evaluation may be missing
             play_round(policy, cfg, r, out)
-        metrics = read_jsonl(out / "metrics.jsonl")
+        metrics = gather(read_jsonl(out / "metrics.jsonl"))[0]
     print(table([row for row in metrics if row["step"] in (0, cfg.steps)]) or f"done: {out}/round1/model")
     return metrics
 
@@ -199,7 +200,7 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             measure(policy, cfg, r, step, out, began)
 
-    if not (folder / "model").exists():
+    if not gather((folder / "model").exists())[0]:  # process 0 decides: another machine may see a new file late
         # 1. and 2. Play the extraction levels, and write lists of lessons about what happened.
         played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, plan["games to extract from"])
         lists = None  # --context none: a control without lessons
@@ -219,7 +220,7 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
 
 def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: float) -> None:
     """Evaluate and add a row to metrics.jsonl, unless the row is there or nothing can be played (--logs)."""
-    if cfg.logs or any((x["round"], x["step"]) == (r, step) for x in read_jsonl(out / "metrics.jsonl")):
+    if cfg.logs or gather(any((x["round"], x["step"]) == (r, step) for x in read_jsonl(out / "metrics.jsonl")))[0]:
         return
     metrics, played = evaluate(policy, cfg, phases(cfg, r))
     write_jsonl(out / f"round{r}/held_out.jsonl", played)
@@ -267,7 +268,7 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
         counts["truncated"] += response.finish == "length"
         counts["unclosed"] += "<think>" in reply and "</think>" not in reply
     if not done:
-        tqdm.write(f"{where}: stopped after turn {max_turns} (--max-turns)")
+        tqdm.write(f"{where}: stopped after turn {max_turns} (--max-turns)", file=sys.stderr)
     return {"id": name, "turns": turns, "outcome": {"won": won, "turns": len(turns), **counts}}
 
 
@@ -309,7 +310,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8-sig").strip()]
     if cfg.extractor:
-        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=True)
+        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=True)  # untrained
     size = math.ceil(len(trajectories) / cfg.lists)  # `phases` repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
@@ -354,7 +355,7 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
                 master.data.copy_(weight)
         except Exception as error:
             raise UsageError(f"{state} is damaged: remove it, and this consolidation begins again") from error
-    done = gather(done)[0]
+    done = gather(done)[0]  # process 0 alone has read the state; copy_master gives its weights to all
     policy.copy_master()
     for step in range(done + 1, cfg.steps + 1):
         began = time.perf_counter()
@@ -372,7 +373,6 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             progress = {"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}
             atomic(state, functools.partial(torch.save, progress))
-    policy.model.eval()
 
 
 def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step: int) -> list[Sample]:
@@ -400,8 +400,8 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     for batch in batches[RANK::WORLD]:
         prompt_ids, teacher_ids, response_ids = zip(*batch)
         # 1. The teacher. A prefix that all share runs once. A control runs exactly like the student, for a KL of 0.
-        whole = len(batch) == 1 or teacher_ids == prompt_ids
-        prefix = 0 if whole else prompts.common_prefix([x[:-1] for x in teacher_ids])  # one id is left to run
+        shared = len(batch) > 1 and teacher_ids != prompt_ids
+        prefix = prompts.common_prefix([x[:-1] for x in teacher_ids]) if shared else 0  # one id is left to run
         with torch.no_grad():
             teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
@@ -430,7 +430,6 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
     gradient by the student's logits is p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL
     agree in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
-    require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
     head_grad = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
@@ -467,8 +466,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
 
 
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], prefix: int = 0):
-    """Hidden states (N, D) from which the response tokens are predicted, and those tokens (N,). Places come from
-    lengths, so a sampled stop token is trained on. The first `prefix` tokens, equal in all prompts, run once."""
+    """Hidden states (N, D) from which the response tokens are predicted, and those tokens (N,). They are found
+    by length, not by id, so a sampled stop token counts. The first `prefix` ids, equal in all prompts, run once."""
     decoder, cache = model.get_decoder(), None
     there = {"device": model.device, "non_blocking": model.device.type == "cuda"}
     if prefix:
@@ -484,8 +483,8 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Batches of one experience and similar length, each of one sample or of at most `budget` padded tokens."""
-    # The first ids of the teacher's prompt, as many as e has, tell lists apart. Without gradient a token costs a quarter.
+    """Batches of one experience and similar length, each of one sample or of about `budget` padded tokens."""
+    # Lists differ in the teacher's first ids, as many as it has more. A token without gradient costs a quarter.
     key = lambda s: s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]
     width = lambda s: max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
     batches = []
@@ -532,10 +531,10 @@ class Policy:
     def count_tokens(self, text: str) -> int:
         return len(prompts.plain_ids(self.tokenizer, text))
 
-    def add_grads_to_master(self) -> None:  # gradients in bf16, or of many processes, are summed in float32
+    def add_grads_to_master(self) -> None:  # a p that is its own master has its gradient already
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.requires_grad:
-                grad, p.grad = torch.zeros_like(p).float() if p.grad is None else p.grad.float(), None
+                grad, p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).float(), None
                 if WORLD > 1:
                     dist.reduce(grad, 0)
                 if RANK == 0:
@@ -569,8 +568,8 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
     master = params = list(model.eval().parameters())
     half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
-    if half or offload or WORLD > 1:
-        master = [torch.empty(0) if RANK else p.detach() if offload else p.detach().to(device) for p in params]
+    if half or offload or WORLD > 1:  # else the parameters are their own masters
+        master = [torch.empty(0) if RANK else p.detach().to("cpu" if offload else device) for p in params]
         for p in params:  # not model.to(bf16), which would also round the rotary frequencies
             p.data = p.data.to(torch.bfloat16 if half else p.dtype)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape, and most of ours are new
@@ -594,11 +593,11 @@ def check_fits(model, prompt_len: int, reply_len: int) -> None:
 
 def find_device(name: str = "") -> torch.device:
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # mps, ...
+    if WORLD > 1 and (name or best).startswith("cuda"):  # each process takes its own, whatever is typed
+        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     kind, colon, index = name.partition(":")
     known = not colon or index in map(str, range(1 if kind == "cpu" else torch.accelerator.device_count()))
     require(kind in ("", "cpu", best) and known, f"--device {name} is not available; the best one is {best}")
-    if WORLD > 1 and (kind or best) == "cuda":  # each process takes its own
-        torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
     return torch.device(name or best)
 
 
@@ -632,7 +631,7 @@ def drive(model, generators: list, *, desc: str | None = None, **options) -> lis
 
 
 def gather(mine) -> list:
-    """What every process gives, in all of them. None goes on before all have come here."""
+    """What every process gives, in all of them. No process goes on before all have come here."""
     everyone = [mine] * WORLD
     if WORLD > 1:
         dist.all_gather_object(everyone, mine)
@@ -654,7 +653,7 @@ class Sampler:
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
         torch.cuda.empty_cache()  # has no effect without CUDA
         memory = torch.cuda.mem_get_info(model.device)[0] if self.cuda else 12 << 30  # bytes
-        self.token_budget = memory // 4 // KVCache(model, 1, 1).kv.nbytes  # an old and a larger cache coexist
+        self.token_budget = memory // 4 // KVCache(model, 1, 1).kv.nbytes  # a quarter: old and larger cache coexist
         self.max_rows = min(rows or 256, len(generators[RANK::WORLD]))
 
     def run(self) -> list:
@@ -676,7 +675,7 @@ class Sampler:
             request = self.generators[owner].send(response)
         except StopIteration as stop:
             self.results[owner] = stop.value
-            self.bar.update()
+            self.bar.update(WORLD)  # the others are about as far
             return
         check_fits(self.model, len(request.prompt_ids), request.max_new_tokens)
         self.waiting.append(Job(owner, turn, request, []))
@@ -878,13 +877,14 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
 
 def recorded(path: Path, stage, *args) -> list:
     """Run a stage once; always return what its record holds: a JSONL file, or a folder of lists of lessons."""
-    if not path.exists() or not (any(path.glob("*.txt")) if path.is_dir() else path.read_bytes()):
+    if not gather(path.exists() and (any(path.glob("*.txt")) if path.is_dir() else path.stat().st_size))[0]:
         if path.suffix:
             write_jsonl(path, stage(*args))
         else:
             texts = {f"{i:02}.txt": text + "\n" for i, text in enumerate(stage(*args))}
             atomic(path, lambda part: [part.mkdir()] + [(part / x).write_text(y, "utf-8") for x, y in texts.items()])
-    return read_jsonl(path) if path.is_file() else [f.read_text("utf-8") for f in sorted(path.glob("*.txt"))]
+    found = read_jsonl(path) if path.suffix else [f.read_text("utf-8") for f in sorted(path.glob("*.txt"))]
+    return gather(found if RANK == 0 else None)[0]
 
 
 def add_row(path: Path, row: dict) -> None:
@@ -924,7 +924,7 @@ def atomic(path: Path, write) -> None:
         raise OSError(f"{path} was not written ({error}); what was there before is kept") from error
     finally:
         discard(temporary)
-    return gather(None)
+    gather(None)
 
 
 def discard(path: Path) -> None:
@@ -952,8 +952,8 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line. An error that the user can fix is one line on stderr, with exit code 2."""
     cfg = parse_args(argv)
-    if WORLD > 1:  # some have nothing to do while others write lessons, and wait
-        dist.init_process_group(timeout=datetime.timedelta(days=1))
+    if WORLD > 1:  # a day, because some processes have nothing to do while others write lessons
+        dist.init_process_group(f"cpu:gloo{',cuda:nccl' * torch.cuda.is_available()}", timeout=timedelta(days=1))
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     logging.disable_progress_bar()  # those of transformers, one for every file it opens; ours stay
     try:

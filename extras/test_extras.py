@@ -87,6 +87,7 @@ SHARED = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import oel
+from extras.testing import LESSONS, consolidated, small
 dist.init_process_group("gloo")
 policy = oel.load_policy(sys.argv[2], torch.device("cpu"))
 whole = sum(p.numel() for p in policy.model.parameters())
@@ -104,6 +105,16 @@ calls = []
 oel.atomic(oel.Path(sys.argv[3]), lambda part: (calls.append(part), part.write_text("x")))
 assert oel.Path(sys.argv[3]).read_text() == "x" and len(calls) == 1 - oel.RANK, "one writes, and all find it"
 assert oel.gather(oel.RANK) == [0, 1]
+for offload in (False, True):  # stopped after the first step, and continued by processes that know only the state
+    found = []
+    for name, stop in (("whole", 0), ("cut", 1), ("cut", 0)):
+        policy = oel.load_policy(sys.argv[2], torch.device("cpu"), offload=offload)
+        try:
+            consolidated(policy, small(steps=2), state=oel.Path(f"{sys.argv[3]}-{name}-{offload}.pt"), stop_at=stop)
+        except KeyboardInterrupt:
+            continue
+        found.append([p.detach().clone() for p in policy.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 """
 
 
@@ -120,10 +131,11 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    taken = []
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert {str(oel.find_device(name)) for name in ("", "cuda", "cuda:0")} == {"cuda:1"} == set(taken)
-    assert str(oel.find_device("cpu")) == "cpu" and len(taken) == 3
+    assert {str(oel.find_device(name)) for name in ("", "cuda", "cuda:0")} == {"cuda:1"}
+    assert str(oel.find_device("cpu")) == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(oel.UsageError, match="--device cuda:2 is not available"):
+        oel.find_device()
 
 
 # --- memory.py ----------------------------------------------------------------------------------------------

@@ -554,3 +554,21 @@ def test_a_clock_that_stands_still_stops_nothing(policy, monkeypatch):
     """Catches: tokens per second by a division by zero."""
     monkeypatch.setattr(oel.time, "perf_counter", lambda: 7.0)
     assert all(row["tokens_per_second"] > 0 for row in consolidated(policy, small(steps=1)))
+
+
+def test_a_sampled_stop_token_is_trained_on(policy, monkeypatch):
+    """Catches: replies that lose their last token before training, so that the student never learns when to end."""
+    ids = [*policy.encode("yes")[:3], policy.tokenizer.eos_token_id]
+    monkeypatch.setattr(oel, "sample", lambda model, prompt_ids, **_: [oel.Response(ids, "stop") for _ in prompt_ids])
+    samples = oel.sample_responses(policy, policy.model, small(), logs(1), None, oel.Phase([], 0, nucleus=False), 1)
+    assert samples and all(s.response_ids == ids for s in samples)
+
+
+def test_settings_are_compared_by_the_run_that_holds_the_folder(folder, tmp_path, monkeypatch):
+    """Catches: settings that are compared before the lock, so that another run may have taken the folder since."""
+    cfg, order = small(model=folder, out=tmp_path / "run"), []
+    monkeypatch.setattr(oel, "FileLock", lambda *_, **__: order.append("lock") or FileLock(str(tmp_path / "x.lock")))
+    monkeypatch.setattr(oel, "check_inputs", lambda *_: order.append("compare") or oel.require(False, "enough"))
+    with pytest.raises(oel.UsageError, match="enough"):
+        oel.run(cfg)
+    assert order == ["lock", "compare"]

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import memory
+
 import oel
 from extras.pretended_gpu import Graph, PretendedGPU
-from extras.testing import logs, make_samples, small
+from extras.testing import logs, make_samples, save_policy, small
 
 pytest_plugins = ["extras.testing"]
 CPU = torch.device("cpu")
@@ -71,6 +73,33 @@ def test_offload_needs_less_memory_of_the_gpu(folder):
             peaks.append(gpu.live / parameters)
             del policy, teacher, optimizer
     assert 19 < peaks[0] < 23 and 3.9 < peaks[1] < 6.1, "bytes a parameter: weights, teacher, masters, sums, moments"
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_memory_forecast_is_what_a_gpu_needs(folder, tmp_path, offload, checkpointing):
+    """Catches: a forecast that leaves out the loss, the gradient or a layer, or that adds what never coexists."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 4096}
+    big = save_policy(tmp_path / "big", max_position_embeddings=1024, **sizes)
+    how = {"model": big, "offload": offload, "checkpointing": checkpointing, "micro_tokens": 1024}
+    cfg, ids = small(dtype="bfloat16", **how), list(range(196))  # four of 196 + 60 tokens fill a pass
+    samples = [oel.Sample(ids, [7] * 64 + ids, ids[i : i + 60]) for i in range(8)]
+    with PretendedGPU() as gpu:
+        policy = oel.load_policy(str(big), gpu.device, offload=offload)
+        policy.vocab_size = 4096
+        teacher = copy.deepcopy(policy.model).requires_grad_(False)
+        optimizer = torch.optim.AdamW(policy.master, 1e-3, foreach=False)
+        policy.model.train()
+        if checkpointing:
+            new = getattr(policy.model, "activation_checkpointing_enable", None)
+            (new or policy.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        gpu.peak = 0
+        for _ in range(2):  # the second step has AdamW's moments
+            oel.distill(policy, teacher, samples, cfg)
+            optimizer.step()
+            optimizer.zero_grad()
+            policy.copy_master()
+    assert sum(memory.parts(cfg, True).values()) == pytest.approx(gpu.peak, rel=0.1)
 
 
 def test_a_step_of_distillation_hardly_waits(folder):
