@@ -4,7 +4,8 @@
 
 A forecast: weights, gradients and optimizer to the byte, activations by what a decoder layer keeps for its backward pass.
 It is within a tenth of what a pretended GPU counts (test_gpu.py).
-The sampler's cache is not in it: that takes a quarter of what is free (--rows and the limits make it smaller).
+The sampler's cache is not in it: that takes a quarter of what is free (--rows and the limits make it smaller). A second
+line says what a decode step costs.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,6 +50,51 @@ def parts(cfg, half: bool) -> dict[str, float]:
     }
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the operations that are no views: about as many kernels run on a GPU."""
+
+    count, views = (
+        0,
+        {"detach", "expand", "expand_as", "numpy_T", "permute", "reshape", "select", "slice", "split", "t"},
+    )
+    views |= {"squeeze", "transpose", "unsqueeze", "view"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name.split("::")[1] not in self.views
+        return function(*args, **(kwargs or {}))
+
+
+def decode_step(cfg) -> tuple[int, int, int]:
+    """Kernels of a decode step, counted on a narrow model of the same depth; the bytes of weights that it reads, and
+    those of each token in a row's cache."""
+    config = AutoConfig.from_pretrained(cfg.model)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * 2
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
+    config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim = 64, 64, 64, 16
+    config.num_attention_heads, config.num_key_value_heads, config.pad_token_id = 4, 2, None
+    model = AutoModelForCausalLM.from_config(config).bfloat16().eval()
+
+    class Counted(oel.Sampler):
+        kernels = None
+
+        def decode(self) -> None:
+            with Kernels() as kernels:
+                super().decode()
+            Counted.kernels = kernels.count
+
+    def reply():
+        yield oel.Request([1, 2, 3], 3)
+
+    with torch.inference_mode():
+        oel.AttentionInterface.register("oel", oel.attend)
+        model.set_attn_implementation("oel")
+        how = {"stop_ids": (), "temperature": cfg.temperature}
+        Counted(model, [reply()], oel.tqdm(disable=True), **how).run()
+    return Counted.kernels, weights, token
+
+
 def forecast(cfg) -> str:
     """One line: what is needed and what there is; where it does not fit, which setting would."""
     try:
@@ -72,7 +119,11 @@ def forecast(cfg) -> str:
 
 
 def main() -> None:
-    print(forecast(oel.parse_args()))
+    cfg = oel.parse_args()
+    print(forecast(cfg))
+    kernels, weights, token = decode_step(cfg)
+    print(f"a decode step in bf16: {kernels:,} kernels; it reads {weights / 2**30:.1f} GiB of weights and "
+          f"{token / 2**20:.2f} MiB for each token of each row's cache")  # fmt: skip
 
 
 if __name__ == "__main__":

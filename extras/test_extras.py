@@ -17,7 +17,7 @@ EXTRAS = Path(__file__).resolve().parent
 sys.path[:0] = [str(EXTRAS), str(EXTRAS.parent)]
 import oel
 import prompts
-from extras.testing import arguments, files_in, load, logs, python, relative, rows_of, small
+from extras.testing import arguments, files_in, load, logs, python, relative, rows_of, save_policy, small
 
 pytest_plugins = ["extras.testing"]
 
@@ -156,6 +156,21 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(folder, monkeypatch
     assert "too much: --offload --micro-tokens 2048 needs 0." in memory.forecast(cfg)
     monkeypatch.setattr(os, "sysconf", lambda name: 2)
     assert "take a smaller model" in memory.forecast(cfg)
+
+
+def test_a_decode_step_is_counted_for_the_whole_depth(folder, tmp_path):
+    """Catches: a count of one layer, of views, or of the narrow model's weights and cache instead of the real ones."""
+    import memory
+
+    found = {}
+    for layers in (2, 3):
+        model = save_policy(tmp_path / str(layers), num_hidden_layers=layers)
+        found[layers] = memory.decode_step(small(model=model, dtype="float32"))
+    policy = load(model)
+    (few, _, _), (kernels, weights, token) = found.values()
+    assert 30 < kernels - few < 80 and few > 2 * 30
+    assert weights == 2 * sum(p.numel() for p in policy.master)
+    assert token == 2 * oel.KVCache(policy.model, 1, 1).kv.nbytes // 4, "bf16 where this model has float32"
 
 
 # --- glance.py, curves.py and claims.py ----------------------------------------------------------------------
