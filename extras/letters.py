@@ -44,15 +44,24 @@ def beliefs(path: Path) -> dict[str, collections.Counter]:
     return found
 
 
-def share(says: dict, letters) -> str:
-    """How often statements about these letters are right, and how often they are marked as guesses."""
+def count(says: dict, letters) -> collections.Counter:
+    """Statements about these letters: how many, how many are right, how many are marked as guesses."""
     counts = collections.Counter()
     for letter in letters:
         for role, n in says.get(letter, {}).items():
             counts.update(all=n, right=n * (role.strip("?") == ROLES[letter]), guess=n * role.endswith("?"))
+    return counts
+
+
+def shown(counts: collections.Counter) -> str:
     if not counts["all"]:
         return "-"
     return f"{counts['right'] / counts['all']:.0%} ({counts['guess'] / counts['all']:.0%} as guesses)"
+
+
+def print_table(heads: list[str], rows: list[list]) -> None:
+    for row in (heads, ["---"] * len(heads), *rows):
+        print("| " + " | ".join(map(str, row)) + " |")
 
 
 def main() -> None:
@@ -60,7 +69,7 @@ def main() -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", help="folders of finished runs on biglake with the embedded policy"
     )
-    rows, false = [], []
+    rows, false, together = [], [], collections.defaultdict(collections.Counter)
     for run in parser.parse_args().runs:
         try:
             config = json.loads((run / "config.json").read_text())
@@ -72,16 +81,24 @@ def main() -> None:
         for r in range(config["rounds"] + 1):
             claims = claims_of(run / f"round{r}/experience")
             named |= {letter for letter, _ in claims}
-            says = beliefs(run / f"round{r}/held_out.jsonl")
+            says, never = beliefs(run / f"round{r}/held_out.jsonl"), sorted(set(ROLES) - named)
             true = sum(ROLES[letter] == role for letter, role in claims)
-            never = sorted(set(ROLES) - named)
-            lessons = f"{true} of {len(claims)}" if r else "-"
-            rows.append([run.name, r, lessons, " ".join(never) or "none", share(says, named), share(says, never)])
+            known, unknown = count(says, named), count(says, never)
+            rows.append(
+                [run.name, r, f"{true} of {len(claims)}", " ".join(never) or "none", shown(known), shown(unknown)]
+            )
+            together[r, "lessons"].update(true=true, all=len(claims), never=len(never))
+            together[r, "known"].update(known)
+            together[r, "unknown"].update(unknown)
             for (letter, role), n in sorted(collections.Counter(claims).items()):
                 if ROLES[letter] != role:
                     others = sum(claim == (letter, ROLES[letter]) for claim in claims)
-                    where = f"{run.name}, round {r}", f"{letter} is {role}", n, others
-                    false.append([*where, share(says, [letter]), share(last, [letter])])
+                    after = shown(count(says, [letter])), shown(count(last, [letter]))
+                    false.append([f"{run.name}, round {r}", f"{letter} is {role}", n, others, *after])
+    for r in sorted({r for r, _ in together}):
+        lessons, known, unknown = (together[r, what] for what in ("lessons", "known", "unknown"))
+        counts = f"{lessons['true']} of {lessons['all']}", f"{lessons['never']} letters"
+        rows.append(["all runs", r, *counts, shown(known), shown(unknown)])
     print_table(
         ["run", "round", "true lessons", "never named", "right about named letters", "right about others"], rows
     )
@@ -89,11 +106,6 @@ def main() -> None:
     print_table(
         ["where", "false lesson", "times", "true ones about it", "right after the round", "at the end"], false
     )
-
-
-def print_table(heads: list[str], rows: list[list]) -> None:
-    for row in (heads, ["---"] * len(heads), *rows):
-        print("| " + " | ".join(map(str, row)) + " |")
 
 
 if __name__ == "__main__":

@@ -215,10 +215,11 @@ def test_letters_are_split_by_what_lessons_said(tmp_path, tool):
         oel.write_jsonl(tmp_path / f"round{r}/held_out.jsonl", [{"turns": [{"response": "\n".join(lines)}]}])
     code, out, _ = tool("letters", tmp_path)
     rows = [line.split(" | ")[1:] for line in out.splitlines() if line.startswith(f"| {tmp_path.name}")]
-    assert code == 0 and rows[0] == ["0", "-", "B C D E F G H J K L M N Q T V", "-", "100% (100% as guesses) |"]
+    assert code == 0 and rows[0] == ["0", "0 of 0", "B C D E F G H J K L M N Q T V", "-", "100% (100% as guesses) |"]
     assert rows[1][:2] == ["1", "2 of 3"] and rows[1][3:] == ["50% (0% as guesses)", "0% (0% as guesses) |"]
     assert "E" in rows[1][2] and not {"H", "G"} & {*rows[1][2]}
     assert rows[2][3] == "100% (0% as guesses)"
+    assert "| all runs | 1 | 2 of 3 | 13 letters | 50% (0% as guesses) | 0% (0% as guesses) |" in out
     assert rows[3] == ["H is harmless", "1", "1", "0% (0% as guesses)", "100% (0% as guesses) |"]
     (tmp_path / "config.json").write_text('{"env": "sokoban", "rounds": 2}')
     assert "its game is sokoban" in str(tool("letters", tmp_path)[0])
