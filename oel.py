@@ -20,7 +20,7 @@ experience e. The teacher, the same model frozen at the start of the round, scor
 
 The mean is over all response tokens of a step. Both logits are divided by the temperature. Sampling has no gradient.
 
-Shapes: B batch, T sequence, V vocabulary, D width, N response tokens of a batch, R rows of the KV cache.
+Shapes: B batch, T sequence, t its new tokens, V vocabulary, D width, N response tokens of a batch, R cache rows.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ class Config:
 
 
 # Settings by model: the paper's (its 4B-Instruct plays Sokoban alone, the others FrozenLake alone), and ours.
-ITEMS = {"form": "items", "previous": True, "experience_budget": 8192, "lr": 1e-6, "micro_tokens": 32768}
+BIGGER = {"form": "items", "previous": True, "experience_budget": 8192, "lr": 1e-6, "micro_tokens": 32768}
 PRESETS = {
     "Qwen3-1.7B": {},
-    "Qwen3-4B": {**ITEMS, "episodes": 25},
-    "Qwen3-8B": {**ITEMS, "episodes": 50, "steps": 100},
-    "Qwen3-4B-Instruct-2507": {**ITEMS, "thinking": False, "episodes": 50, "steps": 100},
+    "Qwen3-4B": {**BIGGER, "episodes": 25},
+    "Qwen3-8B": {**BIGGER, "episodes": 50, "steps": 100},
+    "Qwen3-4B-Instruct-2507": {**BIGGER, "thinking": False, "episodes": 50, "steps": 100},
     "tiny": {"env": "biglake", "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
              "lists": 5, "episodes": 6, "steps": 12, "batch_episodes": 10, "lr": 3e-4, "adam_eps": 1e-4,
              "checkpointing": False},
@@ -861,8 +861,8 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     good = not cfg.experience or Path(cfg.experience).is_file() and lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
     cfg.logs or make_game(cfg)  # raises what is wrong with the game
-    files = [file for file in (cfg.logs, cfg.experience) if file]
-    files += [file for folder in filter(None, (cfg.model, cfg.extractor)) for file in Path(folder).glob("*.[sj]*")]
+    files = list(filter(None, (cfg.logs, cfg.experience)))
+    files += [x for folder in filter(None, (cfg.model, cfg.extractor)) for x in Path(folder).glob("*.[sj]*")]
     new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}
     try:  # an option that is newer than the run has its default
         old = {**new, **dataclasses.asdict(Config()), **json.loads((out / "config.json").read_text())}
