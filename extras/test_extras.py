@@ -125,6 +125,20 @@ def test_process_0_has_the_masters_and_writes(folder, tmp_path):
     assert done.returncode == 0, done.stderr[:4000]
 
 
+@pytest.mark.parametrize("cuda, backend", [(False, "cpu:gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_processes_talk_by_gloo_and_on_gpus_by_nccl_too(monkeypatch, cuda, backend):
+    """Catches: torch's default, which for a wheel with CUDA is NCCL alone, even where there is no GPU."""
+    asked = []
+    monkeypatch.setattr(oel, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(
+        oel.dist, "init_process_group", lambda name, timeout: sys.exit(asked.append((name, timeout.days)))
+    )
+    with pytest.raises(SystemExit):
+        oel.main([])
+    assert asked == [(backend, 1)]
+
+
 def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
     """Catches: all processes of a machine on one GPU."""
     monkeypatch.setattr(oel, "WORLD", 2)
