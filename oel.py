@@ -403,10 +403,9 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         shared = len(batch) > 1 and teacher_ids != prompt_ids
         prefix = prompts.common_prefix([x[:-1] for x in teacher_ids]) if shared else 0  # one id is left to run
         with torch.no_grad():
-            teacher_hidden, teacher_targets = response_hidden(teacher, teacher_ids, response_ids, prefix)
-        # 2. The student, with a graph for the backward pass: hidden states (N, D) and the ids they predict (N,).
-        hidden, targets = response_hidden(student, prompt_ids, response_ids)
-        assert torch.equal(targets, teacher_targets), "student and teacher must score the same response ids"
+            teacher_hidden, _ = response_hidden(teacher, teacher_ids, response_ids, prefix)
+        # 2. The student, with a graph for the backward pass: hidden states (N, D).
+        hidden, _ = response_hidden(student, prompt_ids, response_ids)
         # 3. Eq. 2, from the hidden states and the heads (V, D) without the rows that the tokenizer never uses.
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]
         kl, hidden_grad, head_grad = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, **how)
@@ -430,6 +429,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
     gradient by the student's logits is p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL
     agree in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
+    require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
     head_grad = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
@@ -763,7 +763,7 @@ class Sampler:
         n = min(1 << (n - 1).bit_length(), len(cache.token)) if self.graphs else n
         longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job)
         reach = min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lack the newest
-        step = functools.partial(self.forward, slice(0, n), cache.token[:n, None], cache.used[:n], 0, reach)
+        step = lambda: self.forward(slice(0, n), cache.token[:n, None], cache.used[:n], 0, reach)
         if not self.graphs or (n, reach) not in self.captured:  # a first step may initialise what no graph can
             self.captured[n, reach] = None
             return step()
