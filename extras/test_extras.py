@@ -302,9 +302,6 @@ def test_a_comparison_of_equal_values_says_nothing():
     assert claims.compared([0.5, 0.8], [0.5, 0.8]) == "says nothing: 2 of 2 seeds equal"
     assert (claims.compared([0.5, 0.8], [0.8, 0.5]), claims.compared([0.9], [])) == ("equal", "not measured")
     assert claims.compared([1.0, 1.0], [0.5, 1.0]) == "yes", "only one side is at the ceiling"
-    ratios = {"yes": [2, 3, 4], "no": [0.5, 0.6], "not clear": [0.99, 1.26, 3.4], "not measured": []}
-    assert [claims.above_one(values) for values in ratios.values()] == list(ratios)
-    assert claims.above_one([3.0]) == "not clear", "one seed has no spread"
 
 
 def test_the_table_of_the_claims_is_made_from_their_numbers():
