@@ -34,15 +34,12 @@ import importlib
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 import zlib
 from collections import namedtuple
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +47,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 import prompts
 
@@ -59,7 +56,6 @@ FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add you
 RANK, WORLD = (int(os.environ.get(x, n)) for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # process RANK of WORLD
 
 
-# --- settings ---------------------------------------------------------------------------------------------
 def option(default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
@@ -92,14 +88,14 @@ class Config:
     experience: str = option("", "file of lessons to consolidate; then none are extracted")
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
     context: str = option("items", "teacher sees the lessons, raw logs, or nothing", ("items", "raw", "none"))
-    distill: str = option("on-policy", "who replies: student, or teacher (forward KL)", ("on-policy", "off-policy"))
+    distill: str = option("on-policy", "who replies: the student, or the teacher", ("on-policy", "off-policy"))
+    kl: str = option("reverse", "the KL's direction; the authors: reverse-256", ("reverse", "reverse-256", "forward"))
     steps: int = option(20, "optimizer steps a round")
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
     lr: float = option(5e-6, "learning rate, constant")
     weight_decay: float = option(0.01, "weight decay of AdamW")
     adam_eps: float = option(1e-8, "epsilon of AdamW; gradients far below it make small steps, not full ones")
     clip: float = option(1.0, "largest norm of a step's gradient")
-    kl_top_k: int = option(0, "sum the reverse KL over the student's top tokens (the authors: 256); 0: exact")
     micro_tokens: int = option(8192, "most padded tokens in a forward and backward pass; a longer sample runs alone")
     checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     save_every: int = option(10, "steps between the states that a killed consolidation resumes from")
@@ -108,8 +104,8 @@ class Config:
     eval_every: int = option(0, "also evaluate after every so many steps; 0: after rounds only")
     rows: int = option(0, "replies sampled at once by a process, as far as memory holds them; 0: at most 256")
     dtype: str = option("", "dtype of the model (default: bfloat16 on CUDA)", ("bfloat16", "float32"))
-    offload: bool = option(False, "keep float32 weights and AdamW's state in main memory, not on the GPU")
-    graphs: bool = option(False, "on CUDA, replay decode steps as graphs (not tried on a GPU yet)")
+    offload: bool = option(False, "keep float32 weights and AdamW's state in main memory; done where it has to be")
+    graphs: bool = option(True, "on CUDA, replay decode steps as graphs; where that fails, run them as they are")
 
 
 # Settings by model: the paper's (its 4B-Instruct plays Sokoban alone, the others FrozenLake alone), and ours.
@@ -119,6 +115,7 @@ PRESETS = {
     "Qwen3-4B": {**BIGGER, "episodes": 25},
     "Qwen3-8B": {**BIGGER, "episodes": 50, "steps": 100},
     "Qwen3-4B-Instruct-2507": {**BIGGER, "thinking": False, "episodes": 50, "steps": 100},
+    "SmolLM2-135M-Instruct": {"thinking": False, "reply_limit": 128, "steps": 24, "batch_episodes": 16, "lr": 1e-5},
     "tiny": {"env": "biglake", "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
              "lists": 5, "episodes": 6, "steps": 12, "batch_episodes": 10, "lr": 3e-4, "adam_eps": 1e-4,
              "checkpointing": False},
@@ -141,7 +138,6 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
 
 
-# --- the loop ---------------------------------------------------------------------------------------------
 Phase = namedtuple("Phase", "levels seed nucleus")  # what to play, and how to sample the replies
 Sample = namedtuple("Sample", "prompt_ids teacher_ids response_ids")  # student's prompt, teacher's, reply y
 
@@ -158,19 +154,18 @@ def run(cfg: Config) -> list[dict]:
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
         texts = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # too long for it?
         budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
-        read = own if budget and cfg.context == "items" and not cfg.extractor else []
-        texts += [prompts.extraction_prompt(log, "", cfg.form, cfg.reasoning) for log in read]
         check_fits(policy.model, budget + max(len(policy.encode(x)) for x in texts), cfg.reply_limit)
         atomic(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
         if cfg.logs:  # the user's logs take the place of what deploy would record
-            write_jsonl(out / "round1/trajectories.jsonl", own)
+            write_jsonl(out / "round1/trajectories.jsonl", [log for log in own if not log["anchor"]])
             write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(cfg.steps * cfg.batch_episodes)])
         if not done:
             measure(policy, cfg, 0, 0, out, time.perf_counter())
         for r in range(max(done, 1), cfg.rounds + 1):  # round `done` again: its evaluation may be missing
             play_round(policy, cfg, r, out)
         metrics = gather(read_jsonl(out / "metrics.jsonl"))[0]
-    print(table([row for row in metrics if row["step"] in (0, cfg.steps)]) or f"done: {out}/round1/model")
+    rows = [row for row in metrics if row["step"] in (0, cfg.steps)]
+    print("ok" if cfg.smoke else table(rows) or f"done: {out}/round1/model")
     return metrics
 
 
@@ -234,15 +229,19 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
 def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant: str = "") -> list[dict]:
     """Play one episode on each of the phase's levels; return the trajectories, [] if the game lacks the variant.
     Only probes show `experiences`, one an episode in rotation, and play variants. "renamed" shows the rules."""
-    episodes = []
-    for i, level in enumerate(phase.levels):
+
+    def play(i: int, level: int):  # a generator: the game is made when it is its turn to be played
         game = make_game(cfg, variant, seed=i)
-        if game is None:
-            return []
-        with game_errors(f"--env {cfg.env} {variant}"):
+        with game_errors(f"--env {cfg.env} {variant}".strip()):
+            game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
             lists = [prompts.as_items(game.rules())] if variant == "renamed" else experiences or [None]
         name, experience = f"{variant}{i}-level{level}", lists[i % len(lists)]
-        episodes.append(episode(policy, game, level, name, cfg.reply_limit, experience, cfg.max_turns))
+        with contextlib.closing(game) if hasattr(game, "close") else contextlib.nullcontext():
+            return (yield from episode(policy, game, level, name, cfg.reply_limit, experience, cfg.max_turns))
+
+    if not phase.levels or make_game(cfg, variant) is None:
+        return []
+    episodes = [play(*level) for level in enumerate(phase.levels)]
     return drive(policy.model, episodes, **sampling(policy, cfg, phase, variant or "deploy"))
 
 
@@ -278,7 +277,7 @@ def game_errors(where: str):
     try:
         yield
     except Exception as error:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         raise UsageError(f"{where}: {error!r}; correct the game, and the same command continues") from error
 
 
@@ -290,18 +289,16 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
         games = envs.games_in(file) if not file or Path(file).exists() else {}
         maker = getattr(games.get(name), variant, None) if variant else games.get(name)
         game = maker and maker(**({"seed": seed} if variant == "renamed" else {}))
-        if game:
-            game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
     require(game or variant, f"--env {cfg.env}: no game {name}; choose {', '.join(envs.GAMES)}, or FILE.py:CLASS")
     return game
 
 
 def sampling(policy: Policy, cfg: Config, phase: Phase, desc: str) -> dict:
     """The options with which a phase calls the sampler."""
-    nucleus = {"top_p": cfg.top_p, "top_k": cfg.top_k} if phase.nucleus else {}
-    return {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size, "temperature": cfg.temperature,
-            "seed": phase.seed, "rows": cfg.rows, "graphs": cfg.graphs and policy.model.device.type == "cuda",
-            "desc": desc, **nucleus}  # fmt: skip
+    how = {"top_p": cfg.top_p, "top_k": cfg.top_k} if phase.nucleus else {}
+    how |= {"temperature": cfg.temperature, "seed": phase.seed, "rows": cfg.rows, "desc": desc}
+    how |= {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size}
+    return {**how, "graphs": cfg.graphs and policy.model.device.type == "cuda"}
 
 
 # --- extract: text in, text out ---------------------------------------------------------------------------
@@ -310,14 +307,17 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8-sig").strip()]
     if cfg.extractor:
-        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=True)  # untrained
+        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=None)
     size = math.ceil(len(trajectories) / cfg.lists)  # `phases` repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
+    room = cfg.experience_budget, policy.count_tokens
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
-        lists = [prompts.raw_experience(x, cfg.reasoning, cfg.experience_budget, policy.count_tokens) for x in shares]
+        lists = [prompts.raw_experience(x, cfg.reasoning, *room) for x in shares]
     else:
-        folds = [lesson_list(policy, cfg, share) for share in shares]
-        lists = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
+        chains, size = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # at once, if it can be
+        folds = [lesson_list(policy, cfg, chain) for chain in chains]
+        new = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
+        lists = [prompts.accumulate("", "\n".join(new[i : i + size]), *room) for i in range(0, len(new), size)]
     lists += [prompts.as_items(["Look before every move."])] if cfg.smoke else []  # so few tokens hold no lesson
     require(any(lists), "no lesson in any list: try more --experience-budget, --form free or another model")
     return [experience for experience in lists if experience]
@@ -336,12 +336,10 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 
 # --- consolidate: the only part that changes weights ------------------------------------------------------
 def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=None, on_step=lambda *_: None):
-    """Distil the experience lists into the policy's weights, on-policy (Eq. 2); None is a control without any.
-    A step answers every prompt of the next `cfg.batch_episodes` logs once and updates once. `state`: path to resume
-    from. FloatingPointError, before a step whose loss or gradient is not finite."""
+    """Distil the lists into the policy's weights, on-policy (Eq. 2); None is a control. A step is `cfg.batch_episodes`
+    logs. `state`: path to resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()  # the policy with which the round began
-    how = {"lr": cfg.lr, "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
-    optimizer = torch.optim.AdamW(policy.master, fused=policy.model.device.type == "cuda" or None, **how)
+    optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay, fused=True)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
     if cfg.checkpointing:
         new = getattr(policy.model, "activation_checkpointing_enable", None)  # its name in newer transformers
@@ -379,10 +377,10 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
     """Answer each prompt of the step's logs once: y ~ pi_theta(.|x), or off-policy y ~ pi_teacher(.|e, x)."""
     logs = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
     student_prompts = [turn["prompt"] for trajectory in logs for turn in trajectory["turns"]]
-    teacher_prompts = student_prompts
-    if experiences is not None:  # each prompt gets one of the lists, drawn at random
-        draw = random.Random(derive_seed(phase.seed, step))
-        teacher_prompts = [prompts.with_experience(x, draw.choice(experiences)) for x in student_prompts]
+    lists = [None if trajectory.get("anchor") else experiences for trajectory in logs for _ in trajectory["turns"]]
+    draw = np.random.default_rng(derive_seed(phase.seed, step))  # a prompt gets one of the lists, but an anchor none
+    tell = lambda x, lists: prompts.with_experience(x, lists[draw.integers(len(lists))]) if lists is not None else x
+    teacher_prompts = [*map(tell, student_prompts, lists)]
     prompt_ids, teacher_ids = ([policy.encode(x) for x in xs] for xs in (student_prompts, teacher_prompts))
     check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
     phase = phase._replace(seed=derive_seed(phase.seed, step, 1))  # new noise in every step
@@ -396,19 +394,18 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     Both are the mean over all response tokens of the samples, however these are cut into micro-batches."""
     student, num_tokens = policy.model, sum(len(s.response_ids) for s in samples)
     batches, losses = micro_batches(samples, cfg.micro_tokens), [torch.zeros((), device=student.device)]
-    how = {"top_k": cfg.kl_top_k, "direction": "forward" if cfg.distill == "off-policy" else "reverse"}
     for batch in batches[RANK::WORLD]:
         prompt_ids, teacher_ids, response_ids = zip(*batch)
         # 1. The teacher. A prefix that all share runs once. A control runs exactly like the student, for a KL of 0.
         shared = len(batch) > 1 and teacher_ids != prompt_ids
         prefix = prompts.common_prefix([x[:-1] for x in teacher_ids]) if shared else 0  # one id is left to run
         with torch.no_grad():
-            teacher_hidden, _ = response_hidden(teacher, teacher_ids, response_ids, prefix)
+            teacher_hidden = response_hidden(teacher, teacher_ids, response_ids, prefix)
         # 2. The student, with a graph for the backward pass: hidden states (N, D).
-        hidden, _ = response_hidden(student, prompt_ids, response_ids)
+        hidden = response_hidden(student, prompt_ids, response_ids)
         # 3. Eq. 2, from the hidden states and the heads (V, D) without the rows that the tokenizer never uses.
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]
-        kl, hidden_grad, head_grad = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, **how)
+        kl, hidden_grad, head_grad = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, cfg.kl)
         losses.append(kl.sum())
         # 4. The rest of the backward pass, through the decoder.
         pairs = [(x, g) for x, g in ((hidden, hidden_grad), (heads[0], head_grad)) if g is not None]
@@ -420,12 +417,12 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
 
 
 @torch.no_grad()
-def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="reverse", chunk=256):
+def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk=256):
     """KL(student || teacher) at N positions, in nats and exact over V, and the gradients of its sum (Eq. 2).
 
-    Takes hidden states (N, D) of student and teacher, their heads (V, D) and the sampling temperature. Returns the
-    KL (N,) and its gradients by hs (N, D) and by ws (V, D), or None for a frozen head. `top_k` sums a reverse KL
-    over the student's top tokens only, as the authors do. direction="forward" is KL(teacher || student).
+    Takes hidden states (N, D), heads (V, D) and the sampling temperature. Returns the KL (N,) and its gradients by hs
+    (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student); "reverse-256" sums over the
+    student's top 256 tokens only, as the authors do.
     With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
     gradient by the student's logits is p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL
     agree in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
@@ -436,29 +433,34 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
     # The (N, V) logits never exist at once. Chunks of n positions reuse three (n, V) buffers, which hold in turn:
     #     a: logits, d, gradient by the logits     b: log p, p     c: log q, then q (forward) or p * d (reverse)
     buffers = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
-    products = buffers[0] if hs.dtype == exact else hs.new_empty(len(buffers[0]), round_up(len(ws), 64))[:, : len(ws)]
+    # Products go to one more buffer, whose rows are aligned: fast in bf16. On CUDA they are kept in float32.
+    space = buffers[0] if hs.dtype == exact else buffers.new_empty(len(buffers[0]), round_up(len(ws), 64))
+    wide = {"out_dtype": exact} if hs.is_cuda and hs.dtype != exact else {}
+    grads = space.view(hs.dtype)[:, : len(ws)]
+    products = space[:, : len(ws)] if wide else grads
     for start in range(0, len(hs), chunk):
         rows = slice(start, start + chunk)
         a, b, c = buffers[:, : len(hs[rows])]
         for hidden, head, log_probs in ((hs, ws, b), (ht, wt, c)):
-            logits = a.copy_(torch.mm(hidden[rows], head.T, out=products[: len(a)]))  # rows are aligned: fast in bf16
+            logits = a.copy_(torch.mm(hidden[rows], head.T, **wide, out=products[: len(a)]))
             torch.log_softmax(logits.div_(temperature), -1, out=log_probs)
         d, p = torch.sub(b, c, out=a), b.exp_()
         if direction == "forward":  # -sum_j q_j d_j, with the gradient p_j - q_j
             kl.append(-torch.linalg.vecdot(c.exp_(), d))
             grad = torch.sub(p, c, out=a)
         else:
-            if top_k:  # with k = kept, the gradient is p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
-                kept = torch.zeros_like(d).scatter_(-1, p.topk(min(top_k, len(ws)), -1).indices, 1)
-                d.add_(1).mul_(kept)  # d is now k (d + 1)
-                offset = -torch.linalg.vecdot(p, kept)[:, None]  # (n, 1): takes the + 1 out of the KL again
-            else:
+            if direction == "reverse":
                 offset = d.gather(-1, p.argmax(-1, keepdim=True))  # (n, 1)
                 d.sub_(offset)
+            else:  # with k = kept, the gradient is p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
+                top = p.topk(min(int(direction.removeprefix("reverse-")), len(ws)), -1).indices
+                kept = torch.zeros_like(d).scatter_(-1, top, 1)
+                d.add_(1).mul_(kept)  # d is now k (d + 1)
+                offset = -torch.linalg.vecdot(p, kept)[:, None]  # (n, 1): takes the + 1 out of the KL again
             mean = torch.mul(p, d, out=c).sum(-1, keepdim=True)  # (n, 1)
             kl.append((mean + offset)[:, 0])
             grad = d.sub_(mean).mul_(p)
-        grad = products[: len(a)].copy_(grad.div_(temperature))
+        grad = grads[: len(a)].copy_(grad.div_(temperature))
         hidden_grad[rows] = grad @ ws
         if head_grad is not None:
             head_grad.add_(grad.T @ hs[rows])  # products of bf16 are summed in float32
@@ -466,8 +468,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, *, top_k=0, direction="revers
 
 
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], prefix: int = 0):
-    """Hidden states (N, D) from which the response tokens are predicted, and those tokens (N,). They are found
-    by length, not by id, so a sampled stop token counts. The first `prefix` ids, equal in all prompts, run once."""
+    """Hidden states (N, D) from which the response tokens are predicted. They are found by length, not by id, so a
+    sampled stop token counts. The first `prefix` ids, equal in all prompts, run once."""
     decoder, cache = model.get_decoder(), None
     there = {"device": model.device, "non_blocking": model.device.type == "cuda"}
     if prefix:
@@ -479,7 +481,7 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
     ends = [row * ids.shape[1] + len(tokens) - 1 for row, tokens in enumerate(sequences)]
     places = torch.tensor([i for end, reply in zip(ends, response_ids) for i in range(end - len(reply), end)])  # (N,)
     hidden = decoder(input_ids=ids.to(**there), past_key_values=cache, use_cache=prefix > 0)[0]  # (B, T, D)
-    return hidden.flatten(0, 1).index_select(0, places.to(**there)), ids.flatten()[places + 1]
+    return hidden.flatten(0, 1).index_select(0, places.to(**there))
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
@@ -495,7 +497,6 @@ def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
     return batches
 
 
-# --- evaluate ---------------------------------------------------------------------------------------------
 def evaluate(policy: Policy, cfg: Config, plan: dict[str, Phase]) -> tuple[dict, list[dict]]:
     """The metrics of a policy on held-out levels, and the trajectories behind its pass rate."""
     played = deploy(policy, cfg, plan["evaluation"])
@@ -534,11 +535,12 @@ class Policy:
     def add_grads_to_master(self) -> None:  # a p that is its own master has its gradient already
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.requires_grad:
-                grad, p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).float(), None
+                grad, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
                 if WORLD > 1:
-                    dist.reduce(grad, 0)
+                    dist.reduce(grad := grad.float(), 0)
                 if RANK == 0:
-                    master.grad = grad.to(master) if master.grad is None else master.grad.add_(grad.to(master))
+                    grad = grad.to(master.device)  # in bf16, if it can be: half the bytes to copy
+                    master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 
     def copy_master(self) -> None:  # brings the model up to date, in every process
         for p, master in zip(self.model.parameters(), self.master, strict=True):
@@ -548,14 +550,21 @@ class Policy:
                 dist.broadcast(p.data, 0)
 
 
-def load_policy(source: str, device: torch.device, thinking=True, dtype="", offload=False) -> Policy:
-    """Load a policy from a hub name or a folder: safetensors only, no remote code. Options as in Config."""
+def load_policy(source: str, device: torch.device, thinking=True, dtype="", offload: bool | None = False) -> Policy:
+    """Load a policy. Options as in Config, but `offload` None: it will not be trained. UsageError if it cannot be."""
     try:
         [json.loads(file.read_bytes()) for file in Path(source).glob("*.json")]  # or a damaged one may be ignored
         tokenizer = AutoTokenizer.from_pretrained(source)
         how = {"dtype": torch.float32, "attention_dropout": 0.0, "use_safetensors": True, "output_loading_info": True}
+        config = AutoConfig.from_pretrained(
+            source
+        )  # our cache is wrong for sliding windows, rotary scaling by length
+        window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or None
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        good = config.model_type in FAMILIES and not window and rope not in ("dynamic", "longrope")
+        what = f"{config.model_type} with sliding window {window} and rotary embedding {rope} is not supported"
+        require(good, f"{what}; choose {', '.join(FAMILIES)} with full attention")
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
-        check_supported(model.config)
         prompts.chat_ids(tokenizer, "OEL", thinking)  # raises what is wrong with the chat template
         eos = getattr(model.generation_config, "eos_token_id", None)
         stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
@@ -568,21 +577,20 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
     master = params = list(model.eval().parameters())
     half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one for streams and graphs
+        n, free = sum(p.numel() for p in params), torch.cuda.mem_get_info(device)[0]
+        need = n * (2 if half else 4) * (1 if offload is None else 3)  # bytes of student, teacher and gradient
+        require(
+            need < 0.92 * free, f"{source} needs {need >> 30} GiB, {device} has {free >> 30}; take a smaller model"
+        )
+        offload = n * (22 if half else 20) > 0.8 * free if offload is False else offload
     if half or offload or WORLD > 1:  # else the parameters are their own masters
-        master = [torch.empty(0) if RANK else p.detach().to("cpu" if offload else device) for p in params]
+        master = [torch.empty(0) if RANK else p.detach().to(device if offload is False else "cpu") for p in params]
         for p in params:  # not model.to(bf16), which would also round the rotary frequencies
             p.data = p.data.to(torch.bfloat16 if half else p.dtype)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape, and most of ours are new
     return Policy(model.to(device), tokenizer, master, frozenset(stops), vocab_size, thinking)
-
-
-def check_supported(config) -> None:
-    """UsageError for what our cache would get wrong: untested families, sliding windows, rotary scaling by length."""
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    good = config.model_type in FAMILIES and not window and rope not in ("dynamic", "longrope")
-    what = f"{config.model_type} with sliding window {window or None} and rotary embedding {rope}"
-    require(good, f"{what} is not supported; choose {', '.join(FAMILIES)} with full attention")
 
 
 def check_fits(model, prompt_len: int, reply_len: int) -> None:
@@ -602,8 +610,7 @@ def find_device(name: str = "") -> torch.device:
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
-# Everything that talks to the model is a generator: it yields a Request and is sent the Response. `drive` runs
-# any number of them at once. When a reply ends, its generator moves on, and its next prompt takes a free row.
+# Whoever talks to the model is a generator, which yields Requests and is sent Responses. `drive` runs many at once.
 Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and the largest length of its reply
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, and of its request; ids: the reply so far
@@ -619,8 +626,7 @@ def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int, **options
 
 def drive(model, generators: list, *, desc: str | None = None, **options) -> list:
     """Run generators that yield Requests and are sent Responses; return what they return. See `Sampler`."""
-    device = model.device if model.device.type == "cuda" else -1  # -1 leaves the current CUDA device as it is
-    with contextlib.ExitStack() as undo, torch.inference_mode(), torch.cuda.device(device):
+    with contextlib.ExitStack() as undo, torch.inference_mode():
         AttentionInterface.register("oel", attend)
         undo.callback(model.train, model.training)  # afterwards the model is as it was before
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
@@ -648,29 +654,28 @@ class Sampler:
         self.pick = functools.partial(pick, **picking)  # temperature, top_k, top_p
         self.head = model.get_output_embeddings().weight[: vocab_size and round_up(vocab_size, 64)]
         self.results, self.waiting = [None] * len(generators), []  # waiting: jobs without a row, the next one last
+        self.unstarted = list(range(RANK, len(generators), WORLD))[::-1]  # generators, the next one last
         self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # row_len: tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
         torch.cuda.empty_cache()  # has no effect without CUDA
         memory = torch.cuda.mem_get_info(model.device)[0] if self.cuda else 12 << 30  # bytes
-        self.token_budget = memory // 4 // KVCache(model, 1, 1).kv.nbytes  # a quarter: old and larger cache coexist
-        self.max_rows = min(rows or 256, len(generators[RANK::WORLD]))
+        self.token_budget = memory * 2 // 5 // KVCache(model, 1, 1).kv.nbytes  # an old and a larger cache coexist
+        self.max_rows = min(rows or 256, len(self.unstarted))
 
     def run(self) -> list:
-        for owner in reversed(range(RANK, len(self.generators), WORLD)):  # so the first one is the first in line
-            self.advance(owner, 0, None)
-        while any(self.rows) or self.waiting:
-            self.admit()
+        self.admit()
+        while any(self.rows):
             newest = self.cache.token[: len(self.rows)].clone().to("cpu", non_blocking=self.cuda)
-            copied = torch.cuda.current_stream().record_event() if self.cuda else None
+            wait = torch.cuda.current_stream().record_event().synchronize if self.cuda else bool
             self.decode()  # ahead: in vain for replies that end here, but the GPU never waits for the host
-            if copied:
-                copied.synchronize()
+            wait()  # for the copy alone
             self.retire(newest.tolist())
+            self.admit()
         return self.results
 
     def advance(self, owner: int, turn: int, response: Response | None) -> None:
-        """Send a generator its response (None starts it), and put its next request first in line."""
+        """Send a generator its response (None starts it). Its next request is first in line, its first one last."""
         try:
             request = self.generators[owner].send(response)
         except StopIteration as stop:
@@ -678,14 +683,17 @@ class Sampler:
             self.bar.update(WORLD)  # the others are about as far
             return
         check_fits(self.model, len(request.prompt_ids), request.max_new_tokens)
-        self.waiting.append(Job(owner, turn, request, []))
+        self.waiting.insert(len(self.waiting) if turn else 0, Job(owner, turn, request, []))
         self.row_len = max(self.row_len, round_up(len(request.prompt_ids) + request.max_new_tokens, 256))
 
     def admit(self) -> None:
-        """Prefill waiting prompts once over 1/8 of the rows are free, or enough for all of these prompts."""
+        """Have `max_rows` generators at work. Prefill once over 1/8 of the rows are free, or enough for all prompts."""
+        used = sum(job is not None for job in self.rows)
+        while self.unstarted and used + len(self.waiting) < self.max_rows:
+            self.advance(self.unstarted.pop(), 0, None)
         capacity = max(1, min(self.max_rows, self.token_budget // self.row_len))
-        free = capacity - sum(job is not None for job in self.rows)
-        if not self.waiting or free < min(len(self.waiting), capacity // 8 + 1):
+        free, wanted = capacity - used, len(self.waiting) + len(self.unstarted)
+        if not self.waiting or free < min(wanted, capacity // 8 + 1):
             return
         if self.row_len > self.cache.length:
             self.compact()
@@ -693,8 +701,9 @@ class Sampler:
             for row in range(len(self.rows)):
                 self.cache.copy_row(row, old, row, old.length)
             self.captured.clear()  # the graphs read the old cache
-        # Prefill one prompt alone into an empty cache: the others then copy the prefix they share with it.
-        n = len(self.waiting) if self.rows else 1
+        n = (
+            len(self.waiting) if self.rows else 1
+        )  # one alone into an empty cache: others copy what they share with it
         self.rows += [None] * (capacity - len(self.rows))
         self.prefill(self.assign_rows(n))
 
@@ -725,7 +734,7 @@ class Sampler:
                 if finish == "stop" or len(job.ids) == job.request.max_new_tokens:
                     self.rows[row] = None
                     self.advance(job.owner, job.turn + 1, Response(job.ids, finish))
-        if not self.waiting:  # nothing will fill the free rows
+        if not self.waiting and not self.unstarted:  # nothing will fill the free rows
             self.compact()
 
     def compact(self) -> None:
@@ -737,19 +746,17 @@ class Sampler:
                 self.rows[gap] = last
 
     def prefill(self, assigned: list[tuple[int, int, int]]) -> None:
-        """Run new prompts, each given as (tokens to run, tokens copied, row), and sample their first tokens.
-        Prompts of similar length share a pass, whose padding may cost a tenth and 64 tokens."""
+        """Run prompts, each (tokens to run, tokens copied, row), in passes of like length; sample their first tokens."""
         cache, device, assigned = self.cache, self.model.device, sorted(assigned)
         while assigned:
             lengths = np.array(assigned)[:, 0]  # rising
             fits = lengths * range(1, len(lengths) + 1) <= np.minimum(1.1 * lengths.cumsum() + 64, 16384)
             n = max(1, int(fits.cumprod().sum()))
             packed = []  # of each prompt: tokens copied, row, length, noise key, and the ids to run
-            for _, shared, row in assigned[:n]:
+            for _, old, row in assigned[:n]:
                 owner, turn, (ids, _), _ = self.rows[row]
                 cache.prompts[row] = ids + [-1] * (cache.length - len(ids))
-                noise = derive_seed(self.seed, owner, turn)
-                packed.append(torch.tensor([shared, row, len(ids), noise, *ids[shared:]]))
+                packed.append(torch.tensor([old, row, len(ids), derive_seed(self.seed, owner, turn), *ids[old:]]))
             reach = round_up(max(int(x[2]) for x in packed), 8)
             packed = torch.nn.utils.rnn.pad_sequence(packed, batch_first=True).to(device, non_blocking=self.cuda)
             start, rows, lengths = packed.T[:3]
@@ -769,9 +776,15 @@ class Sampler:
             return step()
         if self.captured[n, reach] is None:
             pool = next((graph.pool() for graph in self.captured.values() if graph), None)
-            self.captured[n, reach] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.captured[n, reach], pool=pool):
-                step()
+            graph = torch.cuda.CUDAGraph()
+            try:  # the outer stream is the one to return to, also where the capture fails
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+                    step()
+            except RuntimeError as error:
+                logging.get_logger("oel").warning_once(f"CUDA graphs fail here, so decoding takes longer: {error}")
+                self.graphs = False
+                return step()
+            self.captured[n, reach] = graph
         self.captured[n, reach].replay()
 
     def forward(self, rows, ids: torch.Tensor, start: torch.Tensor, last, reach: int) -> None:
@@ -786,7 +799,7 @@ class Sampler:
         how = {"position_ids": positions, "attention_mask": mask, "use_cache": False, "oel_view": view}
         hidden = self.model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
         cache.used[rows] = start + last + 1
-        key = mix(cache.noise[rows] + (cache.used[rows] - cache.prompt_len[rows]) * 0x632BE5AB)
+        key = mix((cache.noise[rows] + (cache.used[rows] - cache.prompt_len[rows]) * 0x632BE5AB).int())
         logits = (hidden[torch.arange(B, device=device), last] @ self.head.T)[:, : self.vocab_size]  # (B, V)
         cache.token[rows] = self.pick(logits, key)
 
@@ -829,21 +842,21 @@ def pick(logits: torch.Tensor, key: torch.Tensor, temperature=1.0, top_k=0, top_
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).expand_as(logits)
     if top_k or top_p < 1:
         logits, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, K), falling
         p = logits.softmax(-1)
         logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the first token always stays
-    # -log(1 - u) is exponential. u has 32 random bits; it is never 0, nor 1 when it is rounded to float32.
-    u = ((mix(ids * 0x9E3779B1 + key[:, None]) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return ids.gather(1, (logits - torch.log(-torch.log1p(-u))).argmax(-1, keepdim=True))[:, 0]
+    # -log(1 - u) is exponential. u has 31 random bits; it is never 0, nor 1 when it is rounded to float32.
+    u = ((mix(ids.int() * -0x61C8864F + key[:, None]) & 0x7FFFFFFF) + 0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return ids.gather(1, (logits - u.neg_().log1p_().neg_().log_()).argmax(-1, keepdim=True))[:, 0].long()
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """Scramble the low 32 bits of int64 numbers, which may hold more (the finalizer of MurmurHash3)."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x85EBCA6B & 0xFFFFFFFF
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    """Scramble int32 numbers (the finalizer of MurmurHash3; products keep their low 32 bits, as in C)."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * -0x7A143595
+    x = (x ^ (x >> 13 & 0x7FFFF)) * -0x3D4D51CB
+    return x ^ (x >> 16 & 0xFFFF)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -854,7 +867,6 @@ def round_up(n: int, multiple: int) -> int:
 def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     """The logs, the lessons, and what config.json is to hold. UsageError for anything that cannot be used."""
     require(cfg.context != "raw" or not cfg.experience, "--context raw takes no --experience")
-    require(cfg.distill == "on-policy" or not cfg.kl_top_k, "--kl-top-k needs --distill on-policy")
     logs = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else []
     require(not cfg.logs or logs and Path(cfg.logs).is_file(), f"--logs {cfg.logs}: it is empty or no regular file")
     lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if cfg.experience else ""
@@ -913,8 +925,10 @@ def atomic(path: Path, write) -> None:
     if RANK:
         return gather(None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    discard(temporary := path.with_name(path.name + ".part"))
+    temporary = path.with_name(path.name + ".part")
+    discard = lambda: shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
     try:
+        discard()  # what a killed run has left
         write(temporary)
         for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
             with file.open("rb+") as data:
@@ -923,12 +937,8 @@ def atomic(path: Path, write) -> None:
     except Exception as error:  # torch and safetensors raise errors of their own for a full disk
         raise OSError(f"{path} was not written ({error}); what was there before is kept") from error
     finally:
-        discard(temporary)
+        discard()
     gather(None)
-
-
-def discard(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def save_model(path: Path, policy: Policy) -> None:
@@ -941,27 +951,23 @@ def save_model(path: Path, policy: Policy) -> None:
 def table(rows: list[dict]) -> str:
     """Rows of metrics.jsonl as text, below a line of names; "" if there are none."""
     names = ["round", "step", "pass_rate", "reply_tokens", "in_context", "unseen", "forgetting"]
-    lines = [[name.replace("_", " ") for name in names]] if rows else []
-    for row in rows:
-        values = [row.get(name, row.get(f"{name}_pass_rate")) for name in names]
-        lines.append([f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x) for x in values])
-    return "\n".join("  ".join(cell.rjust(12) for cell in line) for line in lines)
+    values = [[row.get(name, row.get(f"{name}_pass_rate")) for name in names] for row in rows]
+    show = lambda x: f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x).replace("_", " ")
+    return "\n".join("  ".join(show(x).rjust(12) for x in line) for line in [names, *values] if rows)
 
 
-# --- main -------------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     """The command line. An error that the user can fix is one line on stderr, with exit code 2."""
     cfg = parse_args(argv)
-    if WORLD > 1:  # a day, because some processes have nothing to do while others write lessons
-        dist.init_process_group(f"cpu:gloo{',cuda:nccl' * torch.cuda.is_available()}", timeout=timedelta(days=1))
+    if WORLD > 1:
+        backend = "cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available()
+        dist.init_process_group(backend, timeout=48 * dist.default_pg_timeout)  # a day: some wait while others write
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     logging.disable_progress_bar()  # those of transformers, one for every file it opens; ours stay
     try:
         print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
         with tempfile.TemporaryDirectory() as scratch:
             run(dataclasses.replace(cfg, out=gather(f"{scratch}/run")[0]) if cfg.smoke else cfg)
-        if cfg.smoke:
-            print("ok")
     except (UsageError, FloatingPointError, UnicodeError, OSError, torch.OutOfMemoryError) as error:
         busy = f"{cfg.out} is in use by another run: let it end, or choose another --out"
         print(f"oel.py: error: {busy if isinstance(error, TimeoutError) else error}", file=sys.stderr)
@@ -976,9 +982,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description="Presets by model replace [defaults].", allow_abbrev=False)
     flags = {f: "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)}
     for f, flag in flags.items():
-        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+        value = {"type": type(f.default), "choices": f.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if value["type"] is bool else value
         about = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=about, **kind)
     typed = parser.parse_args(argv)

@@ -105,7 +105,8 @@ def parse_log(line: str | bytes) -> dict:
     turns = checked(turns, ("prompt", "response", "feedback"), "turn")
     if not turns or not all(turn["prompt"].strip() for turn in turns):
         raise ValueError("it has no turn, or one without a prompt")
-    return {"id": str(log.get("id", "")), "turns": turns, "outcome": log.get("outcome")}
+    kept = {"outcome": log.get("outcome"), "anchor": bool(log.get("anchor"))}  # an anchor's teacher is told nothing
+    return {"id": str(log.get("id", "")), "turns": turns, **kept}
 
 
 def chat_turns(messages) -> list[dict]:

@@ -34,7 +34,8 @@ RUNS = {  # name of a setting -> options of oel.py, which plays the lake with th
     "one round": ["--rounds", "1", "--episodes", "18", "--steps", "36"],  # as many episodes as three rounds play
     "raw logs": ["--context", "raw", "--rounds", "1"],
     "nothing": ["--context", "none", "--rounds", "1"],
-    **{way: ["--distill", way, *STEPWISE] for way in ("on-policy", "off-policy")},
+    "on-policy": STEPWISE,
+    "off-policy": ["--distill", "off-policy", "--kl", "forward", *STEPWISE],
     "another's lessons": ["--rounds", "1"],  # and --extractor
 }
 QUICK = ["--rounds", "1", "--steps", "4", "--eval-games", "32", "--probe-games", "32", "--lists", "3"]

@@ -39,6 +39,12 @@ def memory_of(t: torch.Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def wide_mm(a, b, dtype, out=None):
+    """torch.mm(..., out_dtype=dtype), which has no kernel for a CPU."""
+    product = a.to(dtype) @ b.to(dtype)
+    return product if out is None else out.copy_(product)
+
+
 class Graph:
     """Stands in for torch.cuda.CUDAGraph."""
 
@@ -144,7 +150,7 @@ class PretendedGPU(TorchFunctionMode):
                 raise RuntimeError(f"a graph reads memory of the host: {name}")
             self.remember(operation, args)
         known = {memory_of(t) for t in given}
-        result = operation(*args, **kwargs)
+        result = wide_mm(*args, **kwargs) if name.startswith("aten.mm.dtype") else operation(*args, **kwargs)
         fresh = [t for t in tensors_in(result) if memory_of(t) not in known]
         if here:
             for t in fresh:
@@ -247,7 +253,8 @@ class PretendedGPU(TorchFunctionMode):
             "is_available": lambda: True,
             "mem_get_info": lambda *_: (gpu.memory - gpu.live, gpu.memory),
             "current_stream": lambda *_: stream,
-            "device": lambda *_: contextlib.nullcontext(),
+            "stream": lambda _: contextlib.nullcontext(),
+            "set_device": lambda _: None,
             "CUDAGraph": Graph,
             "graph": self.record,
         }.items():

@@ -433,8 +433,8 @@ def scored(run: Run, r: int, n: int = 3) -> list[tuple]:
     @torch.no_grad()
     def score(student, x: str, ids: list[int], reply: list[int]) -> list[tuple[str, float]]:
         told = teacher.encode(prompts.with_experience(x, experience))
-        p, _ = oel.response_hidden(student.model, [ids], [reply])  # (N, D)
-        q, _ = oel.response_hidden(teacher.model, [told], [reply])
+        p = oel.response_hidden(student.model, [ids], [reply])  # (N, D)
+        q = oel.response_hidden(teacher.model, [told], [reply])
         heads = [s.model.get_output_embeddings().weight.detach()[: s.vocab_size] for s in (student, teacher)]
         kl = oel.reverse_kl(p, q, *heads, cfg.temperature)[0].clamp(min=0).tolist()
         return [(student.tokenizer.decode([i]), k) for i, k in zip(reply, kl, strict=True)]

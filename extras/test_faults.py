@@ -238,10 +238,7 @@ def test_what_is_too_long_is_said_before_anything_is_played(folder, tmp_path, mo
     (tmp_path / "long.txt").write_text(long)
     turns[1]["turns"][0]["prompt"] = "Walk on. " * 20  # fits, but not behind a list of as many tokens as it may have
     oel.write_jsonl(tmp_path / "fits.jsonl", turns)
-    turns[1]["turns"][0].update(prompt="Walk on.", response=long)  # too long for the extractor alone
-    oel.write_jsonl(tmp_path / "replies.jsonl", turns)
     for option in (
-        {"logs": tmp_path / "replies.jsonl"},
         {"experience": tmp_path / "long.txt"},
         {"logs": tmp_path / "logs.jsonl"},
         {"logs": tmp_path / "fits.jsonl", "experience_budget": 4000},
@@ -252,9 +249,8 @@ def test_what_is_too_long_is_said_before_anything_is_played(folder, tmp_path, mo
 
 
 def test_options_that_would_be_ignored_are_refused(refused, lessons):
-    """Catches: --context raw that trains on lessons, or --kl-top-k without effect."""
+    """Catches: --context raw that trains on lessons."""
     assert "--context raw" in refused(experience=lessons, context="raw")
-    assert "--kl-top-k" in refused(kl_top_k=4, distill="off-policy")
 
 
 def test_a_byte_order_mark_is_no_lesson(refused, folder, lessons, tmp_path):
@@ -396,7 +392,7 @@ def test_another_extractor_is_loaded_as_the_policy_is(folder, policy, monkeypatc
     cfg, made = small(extractor=folder, dtype="bfloat16", thinking=False, smoke=True), []
     monkeypatch.setattr(oel, "load_policy", lambda *args, **how: made.append((args, how)) or policy)
     oel.extract(policy, cfg, logs(2), oel.Phase([], 0, nucleus=True))
-    assert made == [((folder, policy.model.device, False, "bfloat16"), {"offload": True})]
+    assert made == [((folder, policy.model.device, False, "bfloat16"), {"offload": None})]
 
 
 def test_damaged_files_of_a_model_are_refused(folder, policy, tmp_path):

@@ -214,13 +214,13 @@ def gradients(policy) -> list[torch.Tensor]:
 N, D, V = 13, 24, 50
 
 
-def plain_kl(hs, ht, ws, wt, temperature, top_k=0, direction="reverse"):
+def plain_kl(hs, ht, ws, wt, temperature, direction="reverse"):
     """The same by autograd over all logits at once."""
     logp, logq = (hs @ ws.T / temperature).log_softmax(-1), (ht @ wt.T / temperature).log_softmax(-1).detach()
     forward = direction == "forward"
     terms = logq.exp() * (logq - logp) if forward else logp.exp() * (logp - logq)
-    if top_k:
-        terms = terms.gather(-1, logp.topk(top_k, -1).indices)
+    if direction.startswith("reverse-"):  # over the student's top tokens
+        terms = terms.gather(-1, logp.topk(int(direction.partition("-")[2]), -1).indices)
     return terms.sum(-1)
 
 
@@ -362,10 +362,11 @@ def graphs(monkeypatch):
 
     @contextlib.contextmanager
     def record(graph, pool):  # nothing runs while a graph is captured
-        assert (pool is None) == (not made), "graphs share the memory of the first"
         forward = oel.Sampler.forward
 
         def note(sampler, rows, ids, start, last, reach):
+            others = [other for other in sampler.captured.values() if other not in (None, graph)]
+            assert (pool is None) == (not others), "graphs of one cache share the memory of the first"
             graph.step = functools.partial(forward, sampler, rows, ids, start, last, reach)
             made.append((len(ids), reach))
 
@@ -373,6 +374,8 @@ def graphs(monkeypatch):
             during.setattr(oel.Sampler, "forward", note)
             yield
 
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     return made

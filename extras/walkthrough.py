@@ -77,7 +77,7 @@ for a, b in zip(left, right, strict=True):
 teacher = copy.deepcopy(policy.model).requires_grad_(False)
 (response,) = oel.sample(policy.model, [policy.encode(student_prompt)], max_new_tokens=cfg.reply_limit, **plain)
 sides = ((policy.model, student_prompt), (teacher, teacher_prompt))
-hidden = [oel.response_hidden(model, [policy.encode(text)], [response.ids])[0].detach() for model, text in sides]
+hidden = [oel.response_hidden(model, [policy.encode(text)], [response.ids]).detach() for model, text in sides]
 heads = [model.get_output_embeddings().weight[: policy.vocab_size].detach() for model, _ in sides]
 kl, _, _ = oel.reverse_kl(*hidden, *heads, cfg.temperature)
 for token, nats in zip(response.ids, kl.tolist(), strict=True):
