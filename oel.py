@@ -556,9 +556,7 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         [json.loads(file.read_bytes()) for file in Path(source).glob("*.json")]  # or a damaged one may be ignored
         tokenizer = AutoTokenizer.from_pretrained(source)
         how = {"dtype": torch.float32, "attention_dropout": 0.0, "use_safetensors": True, "output_loading_info": True}
-        config = AutoConfig.from_pretrained(
-            source
-        )  # our cache is wrong for sliding windows, rotary scaling by length
+        config = AutoConfig.from_pretrained(source)  # our cache cannot do sliding windows, rotary scaling by length
         window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or None
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         good = config.model_type in FAMILIES and not window and rope not in ("dynamic", "longrope")
@@ -581,9 +579,7 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         torch.cuda.set_device(device)  # the one for streams and graphs
         n, free = sum(p.numel() for p in params), torch.cuda.mem_get_info(device)[0]
         need = n * (2 if half else 4) * (1 if offload is None else 3)  # bytes of student, teacher and gradient
-        require(
-            need < 0.92 * free, f"{source} needs {need >> 30} GiB, {device} has {free >> 30}; take a smaller model"
-        )
+        require(need < 0.92 * free, f"{source} needs {need >> 30} of {free >> 30} GiB; take a smaller model")
         offload = n * (22 if half else 20) > 0.8 * free if offload is False else offload
     if half or offload or WORLD > 1:  # else the parameters are their own masters
         master = [torch.empty(0) if RANK else p.detach().to(device if offload is False else "cpu") for p in params]
@@ -701,9 +697,7 @@ class Sampler:
             for row in range(len(self.rows)):
                 self.cache.copy_row(row, old, row, old.length)
             self.captured.clear()  # the graphs read the old cache
-        n = (
-            len(self.waiting) if self.rows else 1
-        )  # one alone into an empty cache: others copy what they share with it
+        n = len(self.waiting) if self.rows else 1  # the first one alone: then others copy what they share with it
         self.rows += [None] * (capacity - len(self.rows))
         self.prefill(self.assign_rows(n))
 
