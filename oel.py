@@ -436,8 +436,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
     # Products go to one more buffer, whose rows are aligned: fast in bf16. On CUDA they are kept in float32.
     space = buffers[0] if hs.dtype == exact else buffers.new_empty(len(buffers[0]), round_up(len(ws), 64))
     wide = {"out_dtype": exact} if hs.is_cuda and hs.dtype != exact else {}
-    grads = space.view(hs.dtype)[:, : len(ws)]
-    products = space[:, : len(ws)] if wide else grads
+    grads, products = (space.view(kind)[:, : len(ws)] for kind in (hs.dtype, exact if wide else hs.dtype))
     for start in range(0, len(hs), chunk):
         rows = slice(start, start + chunk)
         a, b, c = buffers[:, : len(hs[rows])]
@@ -626,6 +625,7 @@ def drive(model, generators: list, *, desc: str | None = None, **options) -> lis
         AttentionInterface.register("oel", attend)
         undo.callback(model.train, model.training)  # afterwards the model is as it was before
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+        undo.callback(lambda: [x.close() for x in generators])  # where one has failed, the others end too
         model.eval().set_attn_implementation("oel")
         bar = tqdm(total=len(generators), desc=desc, leave=False, disable=RANK > 0 or not desc, mininterval=0.5)
         results = gather(Sampler(model, generators, undo.enter_context(bar), **options).run())
@@ -862,7 +862,8 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     """The logs, the lessons, and what config.json is to hold. UsageError for anything that cannot be used."""
     require(cfg.context != "raw" or not cfg.experience, "--context raw takes no --experience")
     logs = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else []
-    require(not cfg.logs or logs and Path(cfg.logs).is_file(), f"--logs {cfg.logs}: it is empty or no regular file")
+    good = not cfg.logs or Path(cfg.logs).is_file() and any(not log["anchor"] for log in logs)
+    require(good, f"--logs {cfg.logs}: it is empty, no regular file, or holds anchors alone")
     lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if cfg.experience else ""
     good = not cfg.experience or Path(cfg.experience).is_file() and lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")

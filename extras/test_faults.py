@@ -568,3 +568,109 @@ def test_settings_are_compared_by_the_run_that_holds_the_folder(folder, tmp_path
     with pytest.raises(oel.UsageError, match="enough"):
         oel.run(cfg)
     assert order == ["lock", "compare"]
+
+
+# --- what is played and written at once ---------------------------------------------------------------------
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_more_games_are_open_than_can_be_played(policy, monkeypatch, fails):
+    """Catches: games that are all made before the first is played, or never closed, above all where one fails."""
+    opened, most = [], []
+
+    class Game:
+        won, task = False, "Go."
+
+        def __init__(self):
+            opened.append(self)
+            most.append(len(opened))
+
+        def reset(self, level):
+            if fails and level > 12:
+                raise RuntimeError("no board")
+            return "Where to?"
+
+        def step(self, reply):
+            return "Over.", True
+
+        def close(self):
+            opened.remove(self)
+
+    monkeypatch.setattr(envs, "games_in", lambda file: {"mine": Game})
+    monkeypatch.setattr(oel, "make_game", lambda *_, **__: Game() if most else most.append(0) or True)
+    cfg, phase = small(env="mine", rows=3, reply_limit=4), oel.Phase([*range(2, 30, 3)], 0, nucleus=False)
+    if fails:
+        with pytest.raises(oel.UsageError, match="no board"):
+            oel.deploy(policy, cfg, phase)
+    else:
+        assert len(oel.deploy(policy, cfg, phase)) == 10
+    assert max(most) <= 4 and not opened  # three with a row, and one that waits for the next
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_extractions_wait_only_for_what_they_read(policy, monkeypatch, previous):
+    """Catches: episodes that are read one after the other although no extraction sees the list so far; parts of a list
+    in another order, or in another list."""
+    turns = []
+
+    def lesson_list(policy, cfg, trajectories):
+        turns.append([t["id"] for t in trajectories])
+        return prompts.as_items([t["id"] for t in trajectories])
+        yield
+
+    monkeypatch.setattr(oel, "lesson_list", lesson_list)
+    cfg = small(lists=2, form="items", previous=previous, experience_budget=200)
+    lists = oel.extract(policy, cfg, logs(5), oel.Phase([], 0, nucleus=True))
+    ids = [f"test-{i}" for i in range(5)]
+    assert turns == ([ids[:3], ids[3:]] if previous else [[x] for x in ids])
+    assert lists == [prompts.as_items(ids[:3]), prompts.as_items(ids[3:])]
+
+
+def test_a_list_is_cut_alike_however_it_is_written(policy, monkeypatch):
+    """Catches: a list that is cut in another way when its parts are written at once (Eq. 1)."""
+    monkeypatch.setattr(oel.Policy, "count_tokens", lambda self, text: len(text.split()))
+    monkeypatch.setattr(oel, "drive", lambda model, folds, **_: [answer(fold) for fold in folds])
+    said = []
+
+    def answer(fold):
+        request = next(fold)
+        while True:
+            said.append(request)
+            try:
+                request = fold.send(oel.Response(policy.encode(f"{len(said)} " * (3 * len(said) % 7 + 1)), "stop"))
+            except StopIteration as stop:
+                return stop.value
+
+    monkeypatch.setattr(oel.Policy, "decode", lambda self, ids: f"one {len(said)} " * (3 * len(said) % 7 + 1))
+    found = []
+    for previous in (True, False):
+        said.clear()
+        cfg = small(lists=1, form="free", previous=previous, experience_budget=23)
+        found.append(oel.extract(policy, cfg, logs(7), oel.Phase([], 0, nucleus=True)))
+    assert found[0] == found[1] and 12 < len(found[0][0].split()) <= 23
+
+
+def test_an_anchor_is_told_nothing_and_read_by_no_extractor(policy, folder, tmp_path, monkeypatch):
+    """Catches: anchors whose teacher reads the lessons, so that what should stay is changed too."""
+    lines = logs(3)
+    lines[1]["anchor"] = True
+    file = tmp_path / "logs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parsed = oel.read_jsonl(file, prompts.parse_log)
+    assert [log["anchor"] for log in parsed] == [False, True, False]
+    samples = oel.sample_responses(
+        policy, policy.model, small(batch_episodes=3), parsed, ["G wins."], oel.Phase([], 0, nucleus=False), 1
+    )
+    told = [s.teacher_ids != s.prompt_ids for s in samples]
+    assert told == [not log["anchor"] for log in parsed for _ in log["turns"]]
+    run, read = tmp_path / "run", []
+    monkeypatch.setattr(oel, "extract", lambda *args: read.extend(x["id"] for x in args[2]) or ["G wins."])
+    oel.run(small(model=folder, logs=file, out=run, form="free", steps=3))
+    assert read == ["test-0", "test-2"]
+    assert [x["id"] for x in oel.read_jsonl(run / "round1/logs.jsonl")] == ["test-0", "test-1", "test-2"]
+    file.write_text(json.dumps(lines[1]) + "\n")
+    with pytest.raises(oel.UsageError, match="anchors"):
+        oel.run(small(model=folder, logs=file, out=tmp_path / "other"))
+
+
+def test_the_chat_models_of_the_readme_have_presets():
+    cfg = oel.parse_args(["--model", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+    assert (cfg.thinking, cfg.reply_limit, cfg.steps, cfg.lr) == (False, 128, 24, 1e-5)

@@ -118,6 +118,57 @@ def test_a_step_of_distillation_hardly_waits(folder):
     assert sum(gpu.waits.values()) <= len(batches), f"more than a check of the library for each batch: {gpu.waits}"
 
 
+def test_where_no_graph_can_be_captured_steps_run_as_they_are(folder, monkeypatch, caplog):
+    """Catches: a GPU or model without graphs on which nothing runs, or that is warned of in every step."""
+    policy = oel.load_policy(folder, CPU)
+    how = {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size, "temperature": 0.7, "seed": 3, "rows": 3}
+    expected = oel.drive(policy.model, talks(policy), **how)
+    logger, warned = oel.logging.get_logger("oel"), []
+    monkeypatch.setattr(logger, "warning", lambda text, *_, **__: warned.append(text))
+    type(logger).warning_once.cache_clear() if hasattr(type(logger).warning_once, "cache_clear") else None
+    with PretendedGPU() as gpu:
+        policy = oel.load_policy(folder, gpu.device, dtype="float32")
+        forward = oel.Sampler.forward
+
+        def fails(*args):
+            if gpu.graph:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return forward(*args)
+
+        monkeypatch.setattr(oel.Sampler, "forward", fails)
+        for _ in range(2):
+            assert oel.drive(policy.model, talks(policy), graphs=True, **how) == expected
+    assert gpu.captures == 2 and len(warned) == 1 and "capturing" in warned[0]
+
+
+@pytest.mark.parametrize("bytes_each, offload", [(40, False), (25, True), (7, True), (5, None)])
+def test_the_optimizer_moves_out_where_it_has_to(folder, bytes_each, offload):
+    """Catches: a run that dies for memory after it has played, where --offload would fit or a smaller model would."""
+    n = sum(p.numel() for p in oel.load_policy(folder, CPU).master)
+    with PretendedGPU(memory=n * bytes_each) as gpu:
+        if offload is None:
+            with pytest.raises(oel.UsageError, match="needs .* GiB; take a smaller model"):
+                oel.load_policy(folder, gpu.device)
+        else:
+            masters = oel.load_policy(folder, gpu.device).master
+            assert all(master.is_cuda != offload for master in masters)
+        oel.load_policy(folder, gpu.device, offload=None)  # to write lessons alone, it fits
+
+
+def test_a_gpu_has_the_logits_in_float32(folder):
+    """Catches: products that are rounded to bf16, and a KL of which the first digits are noise."""
+    hs, ws, wt = (torch.randn(n, 64).bfloat16() for n in (20, 300, 300))
+    hs, wt = hs * 3, (ws + 0.05 * wt).bfloat16()
+    exact, grad, _ = oel.reverse_kl(*(x.double() for x in (hs, hs, ws, wt)), 0.7)
+    rounded, _, _ = oel.reverse_kl(hs, hs, ws, wt, 0.7)
+    with PretendedGPU() as gpu:
+        found, found_grad, _ = oel.reverse_kl(*(x.to(gpu.device) for x in (hs, hs, ws, wt)), 0.7)
+        found, found_grad = found.cpu().double(), found_grad.cpu().double()
+        assert not gpu.unaligned
+    assert (found - exact).abs().max() < 1e-3 * exact.max() < (rounded.double() - exact).abs().max()
+    assert (found_grad - grad).norm() < 0.02 * grad.norm()
+
+
 # --- the pretended GPU itself: faults that it has to notice -------------------------------------------------
 def on_gpu(*shape) -> torch.Tensor:
     return torch.zeros(*shape, device="cuda")
