@@ -4,7 +4,8 @@
 
 A forecast: weights, gradients and optimizer to the byte, activations by what a decoder layer keeps for its backward pass.
 It is within a tenth of what a pretended GPU counts (test_gpu.py).
-The sampler's cache is not in it: that takes a quarter of what is free (--rows and the limits make it smaller). A second
+The sampler's cache is not in it: that takes two fifths of what is free (--rows and the limits make it smaller), and twice
+as much for a moment where it has to grow. A second
 line says what a decode step costs.
 """
 
