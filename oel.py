@@ -579,7 +579,7 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         n, free = sum(p.numel() for p in params), torch.cuda.mem_get_info(device)[0]
         need = n * (2 if half else 4) * (1 if offload is None else 3)  # bytes of student, teacher and gradient
         require(need < 0.92 * free, f"{source} needs {need >> 30} of {free >> 30} GiB; take a smaller model")
-        offload = n * (22 if half else 20) > 0.8 * free if offload is False else offload
+        offload = n * (22 if half else 20) > 0.85 * free if offload is False else offload
     if half or offload or WORLD > 1:  # else the parameters are their own masters
         master = [torch.empty(0) if RANK else p.detach().to(device if offload is False else "cpu") for p in params]
         for p in params:  # not model.to(bf16), which would also round the rotary frequencies
@@ -761,7 +761,7 @@ class Sampler:
     def decode(self) -> None:
         """One more token for every row in use. Sizes are rounded, for few graphs and aligned memory."""
         cache, n = self.cache, len(self.rows)
-        n = min(1 << (n - 1).bit_length(), len(cache.token)) if self.graphs else n
+        n = min(round_up(n, 1 << max(n.bit_length() - 3, 0)), len(cache.token)) if self.graphs else n
         longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job)
         reach = min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lack the newest
         step = lambda: self.forward(slice(0, n), cache.token[:n, None], cache.used[:n], 0, reach)

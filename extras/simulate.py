@@ -14,7 +14,7 @@ and retires. But no model runs: a script says how long each reply is, and every 
   bytes a parameter (weights, float32 masters), in training 16 (teacher, AdamW's moments); with --offload, 2 and 4.
 - A decode step lasts as long as its traffic, at 70% of the nominal bandwidth (a guess): the weights, each row's keys
   and values up to `reach`, about 150 bytes a logit to sample, 40 with a nucleus. It lasts 8.5 ms at least, or 2 in a
-  graph (guesses), for rows rounded up to a power of 2. Capturing one adds 40 ms to a size's second step (a guess).
+  graph (guesses), for rows rounded up by a quarter at most. Capturing one adds 40 ms to a size's second step (a guess).
 - A pass over prompts takes 2 FLOPs a parameter and token, padding too, at a guessed FLOP/s, then one reading of the
   weights; 8.5 ms at least. Gradients take 2 for 4 times the student's tokens (forward, again, and 2 backward) and
   once the teacher's, and 142 bytes a logit for the KL. Attention is left out; the head counts for too many tokens.
@@ -39,7 +39,7 @@ import oel
 PARAMETERS, VOCABULARY, TOKEN_BYTES = 1_720_574_976, 151_669, 2 * 28 * 8 * 128 * 2  # of Qwen3-1.7B (keys and values)
 Card = namedtuple("Card", "free bandwidth flops offload")  # free bytes before anything is loaded, bytes/s, FLOP/s
 CARDS = {"H100": Card(78.6 * 2**30, 0.7 * 3.35e12, 400e12, offload=False),
-         "L40S": Card(43.9 * 2**30, 0.7 * 864e9, 145e12, offload=False),  # below 44.1 GiB oel.py offloads by itself
+         "L40S": Card(43.9 * 2**30, 0.7 * 864e9, 145e12, offload=False),
          "4090": Card(23.2 * 2**30, 0.7 * 1.0e12, 100e12, offload=True)}  # fmt: skip
 PHASES = ["games to extract from", "extraction", "in context", "games to train on", "training", "evaluation",
           "unseen", "renamed"]  # fmt: skip
@@ -69,7 +69,7 @@ class Simulated(oel.Sampler):
         """What the recorded passes take on a card, where a decode step of each size of each cache has its graph."""
         logit, total = 150 if phase in ("games to train on", "training") else 40, 0.0
         traffic = lambda rows, reach: 2 * PARAMETERS + rows * (reach * TOKEN_BYTES + VOCABULARY * logit)  # bytes
-        fit = lambda rows, capacity: min(1 << (rows - 1).bit_length(), capacity) if graphs else rows
+        fit = lambda n, capacity: min(oel.round_up(n, 1 << max(n.bit_length() - 3, 0)), capacity) if graphs else n
         sizes = Counter((length, reach, fit(rows, capacity)) for length, capacity, reach, rows, _ in self.steps)
         for (_, reach, rows), n in sizes.items():
             t, eager = traffic(rows, reach) / card.bandwidth, 1 if graphs else n
