@@ -148,11 +148,11 @@ def run(cfg: Config) -> list[dict]:
     out, device = Path(cfg.out), find_device(cfg.device)
     with contextlib.nullcontext() if RANK else FileLock(f"{out.resolve()}.lock", blocking=False):
         own, lessons, settings = check_inputs(cfg, out)
-        done = max([r for r in range(cfg.rounds + 1) if (out / f"round{r}/model").exists()], default=0)
+        done = gather(max([r for r in range(cfg.rounds + 1) if (out / f"round{r}/model").exists()], default=0))[0]
         source = str(out / f"round{done}/model") if done else cfg.model
         policy = load_policy(source, device, cfg.thinking, cfg.dtype, cfg.offload)
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
-        texts = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # too long for it?
+        texts = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # do they fit?
         budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
         check_fits(policy.model, budget + max(len(policy.encode(x)) for x in texts), cfg.reply_limit)
         atomic(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
@@ -232,6 +232,8 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
 
     def play(i: int, level: int):  # a generator: the game is made when it is its turn to be played
         game = make_game(cfg, variant, seed=i)
+        if game is None:
+            return None
         with game_errors(f"--env {cfg.env} {variant}".strip()):
             game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
             lists = [prompts.as_items(game.rules())] if variant == "renamed" else experiences or [None]
@@ -239,10 +241,8 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
         with contextlib.closing(game) if hasattr(game, "close") else contextlib.nullcontext():
             return (yield from episode(policy, game, level, name, cfg.reply_limit, experience, cfg.max_turns))
 
-    if not phase.levels or make_game(cfg, variant) is None:
-        return []
     episodes = [play(*level) for level in enumerate(phase.levels)]
-    return drive(policy.model, episodes, **sampling(policy, cfg, phase, variant or "deploy"))
+    return [*filter(None, drive(policy.model, episodes, **sampling(policy, cfg, phase, variant or "deploy")))]
 
 
 def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience=None, max_turns=1000):
@@ -306,15 +306,15 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     """Write up to `cfg.lists` lists in parallel, each from its own share of the trajectories; drop empty ones."""
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8-sig").strip()]
+    room = cfg.experience_budget, policy.count_tokens  # of the policy, which will read the lists
     if cfg.extractor:
         policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=None)
     size = math.ceil(len(trajectories) / cfg.lists)  # `phases` repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
-    room = cfg.experience_budget, policy.count_tokens
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
         lists = [prompts.raw_experience(x, cfg.reasoning, *room) for x in shares]
     else:
-        chains, size = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # at once, if it can be
+        chains, size = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # each a chain: at once
         folds = [lesson_list(policy, cfg, chain) for chain in chains]
         new = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
         lists = [prompts.accumulate("", "\n".join(new[i : i + size]), *room) for i in range(0, len(new), size)]
@@ -337,7 +337,7 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 # --- consolidate: the only part that changes weights ------------------------------------------------------
 def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=None, on_step=lambda *_: None):
     """Distil the lists into the policy's weights, on-policy (Eq. 2); None is a control. A step is `cfg.batch_episodes`
-    logs. `state`: path to resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
+    logs. `state`: path to save to and resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()  # the policy with which the round began
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay, fused=True)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
@@ -377,10 +377,10 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
     """Answer each prompt of the step's logs once: y ~ pi_theta(.|x), or off-policy y ~ pi_teacher(.|e, x)."""
     logs = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
     student_prompts = [turn["prompt"] for trajectory in logs for turn in trajectory["turns"]]
-    lists = [None if trajectory.get("anchor") else experiences for trajectory in logs for _ in trajectory["turns"]]
+    known = [None if trajectory.get("anchor") else experiences for trajectory in logs for _ in trajectory["turns"]]
     draw = np.random.default_rng(derive_seed(phase.seed, step))  # a prompt gets one of the lists, but an anchor none
-    tell = lambda x, lists: prompts.with_experience(x, lists[draw.integers(len(lists))]) if lists is not None else x
-    teacher_prompts = [*map(tell, student_prompts, lists)]
+    tell = lambda x, lists: x if lists is None else prompts.with_experience(x, lists[draw.integers(len(lists))])
+    teacher_prompts = [*map(tell, student_prompts, known)]
     prompt_ids, teacher_ids = ([policy.encode(x) for x in xs] for xs in (student_prompts, teacher_prompts))
     check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
     phase = phase._replace(seed=derive_seed(phase.seed, step, 1))  # new noise in every step
@@ -396,7 +396,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     batches, losses = micro_batches(samples, cfg.micro_tokens), [torch.zeros((), device=student.device)]
     for batch in batches[RANK::WORLD]:
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A prefix that all share runs once. A control runs exactly like the student, for a KL of 0.
+        # 1. The teacher. A prefix that all share runs once. A control or an anchor runs like the student: KL 0.
         shared = len(batch) > 1 and teacher_ids != prompt_ids
         prefix = prompts.common_prefix([x[:-1] for x in teacher_ids]) if shared else 0  # one id is left to run
         with torch.no_grad():
@@ -423,17 +423,17 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
     Takes hidden states (N, D), heads (V, D) and the sampling temperature. Returns the KL (N,) and its gradients by hs
     (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student); "reverse-256" sums over the
     student's top 256 tokens only, as the authors do.
-    With p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
+    For reverse, with p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
     gradient by the student's logits is p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL
     agree in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
     require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
     head_grad = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
-    # The (N, V) logits never exist at once. Chunks of n positions reuse three (n, V) buffers, which hold in turn:
+    # The (N, V) logits never exist at once. Chunks of n positions reuse three (n, V) buffers. They hold in turn:
     #     a: logits, d, gradient by the logits     b: log p, p     c: log q, then q (forward) or p * d (reverse)
     buffers = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
-    # Products go to one more buffer, whose rows are aligned: fast in bf16. On CUDA they are kept in float32.
+    # In bf16, products and then gradients use one more, whose rows are aligned. On CUDA products are float32.
     space = buffers[0] if hs.dtype == exact else buffers.new_empty(len(buffers[0]), round_up(len(ws), 64))
     wide = {"out_dtype": exact} if hs.is_cuda and hs.dtype != exact else {}
     grads, products = (space.view(kind)[:, : len(ws)] for kind in (hs.dtype, exact if wide else hs.dtype))
@@ -462,13 +462,13 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
         grad = grads[: len(a)].copy_(grad.div_(temperature))
         hidden_grad[rows] = grad @ ws
         if head_grad is not None:
-            head_grad.add_(grad.T @ hs[rows])  # products of bf16 are summed in float32
+            head_grad.add_(grad.T @ hs[rows])  # chunks of bf16 are summed in float32
     return torch.cat(kl), hidden_grad, head_grad
 
 
 def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[int]], prefix: int = 0):
-    """Hidden states (N, D) from which the response tokens are predicted. They are found by length, not by id, so a
-    sampled stop token counts. The first `prefix` ids, equal in all prompts, run once."""
+    """Hidden states (N, D) from which the response tokens are predicted. Replies are found by length, not by id, so
+    a sampled stop token counts. The first `prefix` ids, equal in all prompts, run once."""
     decoder, cache = model.get_decoder(), None
     there = {"device": model.device, "non_blocking": model.device.type == "cuda"}
     if prefix:
@@ -484,8 +484,8 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Batches of one experience and similar length, each of one sample or of about `budget` padded tokens."""
-    # Lists differ in the teacher's first ids, as many as it has more. A token without gradient costs a quarter.
+    """Batches of one experience and similar length, each of one sample or of at most `budget` padded tokens."""
+    # A list of lessons is known by what the teacher reads more, at its start. Its tokens count a quarter: no gradient.
     key = lambda s: s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]
     width = lambda s: max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
     batches = []
@@ -538,7 +538,7 @@ class Policy:
                 if WORLD > 1:
                     dist.reduce(grad := grad.float(), 0)
                 if RANK == 0:
-                    grad = grad.to(master.device)  # in bf16, if it can be: half the bytes to copy
+                    grad = grad.to(master.device)  # of one process still in bf16: half the bytes
                     master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 
     def copy_master(self) -> None:  # brings the model up to date, in every process
@@ -575,11 +575,11 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
     master = params = list(model.eval().parameters())
     half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # the one for streams and graphs
+        torch.cuda.set_device(device.index or 0)  # the one for streams and graphs
         n, free = sum(p.numel() for p in params), torch.cuda.mem_get_info(device)[0]
-        need = n * (2 if half else 4) * (1 if offload is None else 3)  # bytes of student, teacher and gradient
+        need = n * (2 if half else 4) * (1 if offload is None else 3)  # bytes; trained, also of teacher and gradient
         require(need < 0.92 * free, f"{source} needs {need >> 30} of {free >> 30} GiB; take a smaller model")
-        offload = n * (22 if half else 20) > 0.85 * free if offload is False else offload
+        offload = n * (22 if half else 20 if WORLD == 1 else 28) > 0.85 * free if offload is False else offload
     if half or offload or WORLD > 1:  # else the parameters are their own masters
         master = [torch.empty(0) if RANK else p.detach().to(device if offload is False else "cpu") for p in params]
         for p in params:  # not model.to(bf16), which would also round the rotary frequencies
@@ -609,7 +609,7 @@ def find_device(name: str = "") -> torch.device:
 Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and the largest length of its reply
 Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, and of its request; ids: the reply so far
-# A forward pass writes to `positions` (B, t) of `row_ids` (B,), and reads `reach` tokens of `rows`: the same rows.
+# A forward pass writes to `positions` (B, t) of `row_ids` (B,), and reads `reach` tokens of `rows`: the same, in decode a slice.
 View = namedtuple("View", "cache rows row_ids positions reach")
 
 
@@ -650,7 +650,7 @@ class Sampler:
         self.pick = functools.partial(pick, **picking)  # temperature, top_k, top_p
         self.head = model.get_output_embeddings().weight[: vocab_size and round_up(vocab_size, 64)]
         self.results, self.waiting = [None] * len(generators), []  # waiting: jobs without a row, the next one last
-        self.unstarted = list(range(RANK, len(generators), WORLD))[::-1]  # generators, the next one last
+        self.unstarted = list(range(RANK, len(generators), WORLD))[::-1]  # their indices, the next one last
         self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # row_len: tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
@@ -663,7 +663,7 @@ class Sampler:
         self.admit()
         while any(self.rows):
             newest = self.cache.token[: len(self.rows)].clone().to("cpu", non_blocking=self.cuda)
-            wait = torch.cuda.current_stream().record_event().synchronize if self.cuda else bool
+            wait = torch.cuda.current_stream().record_event().synchronize if self.cuda else lambda: None
             self.decode()  # ahead: in vain for replies that end here, but the GPU never waits for the host
             wait()  # for the copy alone
             self.retire(newest.tolist())
@@ -671,7 +671,7 @@ class Sampler:
         return self.results
 
     def advance(self, owner: int, turn: int, response: Response | None) -> None:
-        """Send a generator its response (None starts it). Its next request is first in line, its first one last."""
+        """Send a generator its response (None starts it). A first request goes to the end of the line, others in front."""
         try:
             request = self.generators[owner].send(response)
         except StopIteration as stop:
@@ -683,7 +683,7 @@ class Sampler:
         self.row_len = max(self.row_len, round_up(len(request.prompt_ids) + request.max_new_tokens, 256))
 
     def admit(self) -> None:
-        """Have `max_rows` generators at work. Prefill once over 1/8 of the rows are free, or enough for all prompts."""
+        """Have up to `max_rows` generators started. Prefill once over 1/8 of the rows are free, or enough for all."""
         used = sum(job is not None for job in self.rows)
         while self.unstarted and used + len(self.waiting) < self.max_rows:
             self.advance(self.unstarted.pop(), 0, None)
@@ -841,13 +841,13 @@ def pick(logits: torch.Tensor, key: torch.Tensor, temperature=1.0, top_k=0, top_
         logits, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, K), falling
         p = logits.softmax(-1)
         logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the first token always stays
-    # -log(1 - u) is exponential. u has 31 random bits; it is never 0, nor 1 when it is rounded to float32.
+    # -log(1 - u) is exponential. u comes from 31 random bits; it is never 0, nor 1 when it is rounded to float32.
     u = ((mix(ids.int() * -0x61C8864F + key[:, None]) & 0x7FFFFFFF) + 0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return ids.gather(1, (logits - u.neg_().log1p_().neg_().log_()).argmax(-1, keepdim=True))[:, 0].long()
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """Scramble int32 numbers (the finalizer of MurmurHash3; products keep their low 32 bits, as in C)."""
+    """Scramble int32 numbers (the finalizer of MurmurHash3; products keep their low 32 bits)."""
     x = (x ^ (x >> 16 & 0xFFFF)) * -0x7A143595
     x = (x ^ (x >> 13 & 0x7FFFF)) * -0x3D4D51CB
     return x ^ (x >> 16 & 0xFFFF)
@@ -867,7 +867,7 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if cfg.experience else ""
     good = not cfg.experience or Path(cfg.experience).is_file() and lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
-    cfg.logs or make_game(cfg)  # raises what is wrong with the game
+    cfg.logs or getattr(make_game(cfg), "close", bool)()  # raises what is wrong with the game
     files = list(filter(None, (cfg.logs, cfg.experience)))
     files += [x for folder in filter(None, (cfg.model, cfg.extractor)) for x in Path(folder).glob("*.[sj]*")]
     new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}

@@ -254,7 +254,7 @@ class PretendedGPU(TorchFunctionMode):
             "mem_get_info": lambda *_: (gpu.memory - gpu.live, gpu.memory),
             "current_stream": lambda *_: stream,
             "stream": lambda _: contextlib.nullcontext(),
-            "set_device": lambda _: None,
+            "set_device": lambda index: torch.device("cuda", index),  # an index, or this raises
             "CUDAGraph": Graph,
             "graph": self.record,
         }.items():

@@ -595,7 +595,7 @@ def test_no_more_games_are_open_than_can_be_played(policy, monkeypatch, fails):
             opened.remove(self)
 
     monkeypatch.setattr(envs, "games_in", lambda file: {"mine": Game})
-    monkeypatch.setattr(oel, "make_game", lambda *_, **__: Game() if most else most.append(0) or True)
+    monkeypatch.setattr(oel, "make_game", lambda *_, **__: Game())
     cfg, phase = small(env="mine", rows=3, reply_limit=4), oel.Phase([*range(2, 30, 3)], 0, nucleus=False)
     if fails:
         with pytest.raises(oel.UsageError, match="no board"):
@@ -603,6 +603,16 @@ def test_no_more_games_are_open_than_can_be_played(policy, monkeypatch, fails):
     else:
         assert len(oel.deploy(policy, cfg, phase)) == 10
     assert max(most) <= 4 and not opened  # three with a row, and one that waits for the next
+
+
+def test_a_budget_counts_in_the_tokens_of_who_reads_the_list(policy, monkeypatch):
+    """Catches: a list of another extractor that fits in its own tokens, and is then too long for the policy."""
+    other = dataclasses.replace(policy)
+    monkeypatch.setattr(other, "count_tokens", lambda text: 1, raising=False)
+    monkeypatch.setattr(oel, "load_policy", lambda *_, **__: other)
+    monkeypatch.setattr(oel, "drive", lambda model, folds, **_: [f"- EXPERIENCE ITEM: {i}" for i in range(4)])
+    lists = oel.extract(policy, small(extractor="x", lists=1, experience_budget=50), logs(4), oel.Phase([], 0, True))
+    assert 20 < policy.count_tokens(lists[0]) <= 50
 
 
 @pytest.mark.parametrize("previous", [False, True])
