@@ -31,7 +31,7 @@ from envs import BigLake, level_seeds
 STEPWISE = ["--rounds", "1", "--probe-games", "512", "--eval-every", "4"]
 RUNS = {  # name of a setting -> options of oel.py, which plays the lake with the embedded policy by default
     "lessons": [],
-    "one round": ["--rounds", "1", "--episodes", "42", "--steps", "48"],  # as many episodes as three rounds play
+    "one round": ["--rounds", "1", "--episodes", "18", "--steps", "36"],  # as many episodes as three rounds play
     "raw logs": ["--context", "raw", "--rounds", "1"],
     "nothing": ["--context", "none", "--rounds", "1"],
     "on-policy": STEPWISE,
