@@ -314,7 +314,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
         lists = [prompts.raw_experience(x, cfg.reasoning, *room) for x in shares]
     else:
-        chains, size = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # each a chain: at once
+        chains, size = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # else one per episode
         folds = [lesson_list(policy, cfg, chain) for chain in chains]
         new = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
         lists = [prompts.accumulate("", "\n".join(new[i : i + size]), *room) for i in range(0, len(new), size)]
@@ -550,7 +550,7 @@ class Policy:
 
 
 def load_policy(source: str, device: torch.device, thinking=True, dtype="", offload: bool | None = False) -> Policy:
-    """Load a policy. Options as in Config, but `offload` None: it will not be trained. UsageError if it cannot be."""
+    """Load a policy. Options as in Config, but `offload` None: it will not be trained. UsageError if that fails."""
     try:
         [json.loads(file.read_bytes()) for file in Path(source).glob("*.json")]  # or a damaged one may be ignored
         tokenizer = AutoTokenizer.from_pretrained(source)
