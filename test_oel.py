@@ -675,11 +675,8 @@ def test_a_graph_is_made_for_few_sizes_and_asks_nothing_of_the_device(graphs):
     how = {"top_p": 0.9, "top_k": 20, "temperature": 0.8, "stop_ids": {7, 8, 9}, "max_new_tokens": 40, "rows": 23}
     found, plain = (oel.sample(model, prompt_ids, **how, **x) for x in ({"graphs": True}, {}))
     assert [reply.ids for reply in found] == [reply.ids for reply in plain]
-    assert (
-        graphs
-        and len(set(graphs)) == len(graphs)
-        and {n for n, _ in graphs} <= {*range(1, 9), 10, 12, 14, 16, 20, 23}
-    )
+    sizes = {n for n, _ in graphs}
+    assert graphs and len(set(graphs)) == len(graphs) and sizes <= {*range(1, 9), 10, 12, 14, 16, 20, 23}
     assert all(reach % 32 == 0 for _, reach in graphs)
 
 
@@ -887,12 +884,6 @@ def test_the_chunks_do_not_change_the_reverse_kl(direction):
 def test_the_forward_kl_is_that_of_float64_autograd(scale, dtype, tolerance):
     """Catches: off-policy distillation with a divergence whose arguments are the wrong way round."""
     assert_kl_is_exact(kl_inputs(scale, dtype), tolerance, direction="forward")
-
-
-def test_equal_sides_have_no_divergence():
-    hs, _, ws, _ = kl_inputs(20, torch.float32)
-    for found in oel.reverse_kl(hs, hs, ws, ws, 0.7):
-        assert not found.any()
 
 
 @pytest.mark.parametrize("rows", [(N, N - 1, V, V), (N, N, V, V - 1)])

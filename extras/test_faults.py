@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 import oel
 import prompts
-from extras.testing import arguments, consolidated, files_in, load, logs, small
+from extras.testing import arguments, consolidated, files_in, kl_inputs, load, logs, small
 
 pytest_plugins = ["extras.testing"]
 
@@ -679,6 +679,12 @@ def test_an_anchor_is_told_nothing_and_read_by_no_extractor(policy, folder, tmp_
     file.write_text(json.dumps(lines[1]) + "\n")
     with pytest.raises(oel.UsageError, match="anchors"):
         oel.run(small(model=folder, logs=file, out=tmp_path / "other"))
+
+
+def test_equal_sides_have_no_divergence():
+    hs, _, ws, _ = kl_inputs(20, torch.float32)
+    for found in oel.reverse_kl(hs, hs, ws, ws, 0.7):
+        assert not found.any()
 
 
 def test_the_chat_models_of_the_readme_have_presets():
