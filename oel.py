@@ -405,11 +405,11 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
         hidden = response_hidden(student, prompt_ids, response_ids)
         # 3. Eq. 2, from the hidden states and the heads (V, D) without the rows that the tokenizer never uses.
         heads = [m.get_output_embeddings().weight[: policy.vocab_size] for m in (student, teacher)]
-        kl, hidden_grad, head_grad = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, cfg.kl)
+        kl, *grads = reverse_kl(hidden, teacher_hidden, *heads, cfg.temperature, cfg.kl)
         losses.append(kl.sum())
-        # 4. The rest of the backward pass, through the decoder.
-        pairs = [(x, g) for x, g in ((hidden, hidden_grad), (heads[0], head_grad)) if g is not None]
-        torch.autograd.backward([x for x, _ in pairs], [g.div_(num_tokens).to(x.dtype) for x, g in pairs])
+        # 4. The rest of the backward pass, through the decoder. The float32 gradient of the head is freed before it.
+        grads = {x: g.div_(num_tokens).to(x.dtype) for x, g in zip((hidden, heads[0]), grads) if g is not None}
+        torch.autograd.backward([*grads], [*grads.values()])
         policy.add_grads_to_master()
     if 0 < len(batches) % WORLD <= RANK:  # no batch was left for this process, and the others wait for it
         policy.add_grads_to_master()
@@ -535,10 +535,10 @@ class Policy:
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.requires_grad:
                 grad, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
-                if WORLD > 1:
-                    dist.reduce(grad := grad.float(), 0)
-                if RANK == 0:
-                    grad = grad.to(master.device)  # of one process still in bf16: half the bytes
+                WORLD > 1 and dist.reduce(grad := grad.float(), 0)
+                if RANK == 0:  # bf16 of one process travels as bf16; a non-blocking copy to main memory is pinned
+                    grad = grad.to(master.device, non_blocking=p.is_cuda)
+                    p.is_cuda > master.is_cuda and torch.cuda.current_stream().synchronize()
                     master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 
     def copy_master(self) -> None:  # brings the model up to date, in every process

@@ -40,7 +40,7 @@ def parts(cfg, half: bool) -> dict[str, float]:
     kept = sum(m.in_features + m.out_features for m in linear) / config.num_hidden_layers * size
     kept = cfg.micro_tokens * (kept + 2 * config.hidden_size * 8)
     stream = cfg.micro_tokens * config.hidden_size * size * config.num_hidden_layers * cfg.checkpointing
-    head_gradient = config.vocab_size * config.hidden_size * (4 + size)
+    head_gradient = config.vocab_size * config.hidden_size * 2 * size
     scores = min(256, cfg.micro_tokens) * config.vocab_size * (12 if not half else 12 + 2 * size + 4)
     # The most is needed either while the loss is computed, with all that the layers keep, but before there is a gradient
     # (in float32 it stays from the last pass), or while the backward pass is in a layer, which then keeps everything.

@@ -102,6 +102,18 @@ def test_the_memory_forecast_is_what_a_gpu_needs(folder, tmp_path, offload, chec
     assert sum(memory.parts(cfg, True).values()) == pytest.approx(gpu.peak, rel=0.1)
 
 
+def test_the_heads_gradient_in_float32_is_freed_before_the_backward_pass(tmp_path):
+    """Catches: 4 bytes for every number of the head that are kept while the decoder needs its memory."""
+    folder, live = save_policy(tmp_path / "wide", vocab_size=32768), []
+    with PretendedGPU() as gpu:
+        policy = oel.load_policy(str(folder), gpu.device, offload=True)
+        policy.vocab_size, teacher = 32768, copy.deepcopy(policy.model)
+        policy.model.get_decoder().norm.weight.register_hook(lambda _: live.append(gpu.live - before))
+        before = gpu.live
+        oel.distill(policy, teacher, make_samples(policy)[:1], small())
+    assert live[0] < 5 * policy.model.get_output_embeddings().weight.numel(), "bf16, for some rows and for all"
+
+
 def test_a_step_of_distillation_hardly_waits(folder):
     """Catches: copies and boolean indices that make the host wait for the GPU, layer by layer."""
     with PretendedGPU() as gpu:
