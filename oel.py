@@ -114,7 +114,7 @@ PRESETS = {
     "Qwen3-1.7B": {},
     "Qwen3-4B": {**BIGGER, "episodes": 25},
     "Qwen3-8B": {**BIGGER, "episodes": 50, "steps": 100},
-    "Qwen3-4B-Instruct-2507": {**BIGGER, "thinking": False, "episodes": 50, "steps": 100},
+    "Qwen3-4B-Instruct-2507": {**BIGGER, "env": "sokoban", "thinking": False, "episodes": 50, "steps": 100},
     "SmolLM2-135M-Instruct": {"thinking": False, "reply_limit": 128, "steps": 24, "batch_episodes": 16, "lr": 1e-5},
     "tiny": {"env": "biglake", "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
              "lists": 5, "episodes": 6, "steps": 12, "batch_episodes": 10, "lr": 3e-4, "adam_eps": 1e-4,

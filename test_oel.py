@@ -1392,7 +1392,8 @@ def test_a_hub_name_finds_its_preset(capsys):
         assert cfg == oel.Config(model=f"Qwen/{name}", out=cfg.out, **{**preset, "env": "sokoban"})
         assert name in cfg.out and "no preset" not in capsys.readouterr().out
     assert oel.parse_args(["--model", "Qwen/Qwen3-8B"]).steps == 100
-    assert not oel.parse_args(["--model", "Qwen/Qwen3-4B-Instruct-2507"]).thinking
+    cfg = oel.parse_args(["--model", "Qwen/Qwen3-4B-Instruct-2507"])
+    assert (cfg.thinking, cfg.env) == (False, "sokoban")
 
 
 def test_a_model_without_a_preset_is_told_so(capsys):
