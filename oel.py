@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import namedtuple
+from collections import deque, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,9 @@ def derive_seed(*parts: int) -> int:
 
 Phase = namedtuple("Phase", "levels seed nucleus")  # what to play, and how to sample the replies
 Sample = namedtuple("Sample", "prompt_ids teacher_ids response_ids")  # student's prompt, teacher's, reply y
+# Code that talks to the model is a generator: `response = yield Request(...)`. `drive`, below, runs many at once.
+Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and the largest length of its reply
+Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 
 
 def run(cfg: Config) -> list[dict]:
@@ -165,7 +168,7 @@ def run(cfg: Config) -> list[dict]:
             play_round(policy, cfg, r, out)
         metrics = gather(read_jsonl(out / "metrics.jsonl"))[0]
     rows = [row for row in metrics if row["step"] in (0, cfg.steps)]
-    print("ok" if cfg.smoke else table(rows) or f"done: {out}/round1/model")
+    print("ok" if cfg.smoke else f"done: {out}/round1/model" if cfg.logs else table(rows))
     return metrics
 
 
@@ -204,8 +207,8 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
             recorded(folder / "in_context.jsonl", deploy, policy, cfg, plan["probes"], lists)
         # 1. again. Play other levels; each of their prompts will be trained on once.
         logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, plan["games to train on"])
-        whole = len(logs) == cfg.steps * cfg.batch_episodes and all(map(str.strip, lists or []))
-        require(whole, f"{folder}: logs.jsonl or experience/ was cut: remove it, and it is made again")
+        complete = len(logs) == cfg.steps * cfg.batch_episodes and all(x.strip() for x in lists or [])
+        require(complete, f"{folder}: logs.jsonl or experience/ was cut: remove it, and it is made again")
         # 3. Train until the policy plays without the lessons as it would with them.
         consolidate(policy, cfg, logs, lists, plan["training"], folder / "state/step.pt", on_step)
         save_model(folder / "model", policy)
@@ -241,8 +244,8 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
         with contextlib.closing(game) if hasattr(game, "close") else contextlib.nullcontext():
             return (yield from episode(policy, game, level, name, cfg.reply_limit, experience, cfg.max_turns))
 
-    episodes = [play(*level) for level in enumerate(phase.levels)]
-    return [*filter(None, drive(policy.model, episodes, **sampling(policy, cfg, phase, variant or "deploy")))]
+    episodes = [play(i, level) for i, level in enumerate(phase.levels)]
+    return [x for x in drive(policy.model, episodes, **sampling(policy, cfg, phase, variant or "deploy")) if x]
 
 
 def episode(policy: Policy, game, level: int, name: str, reply_limit: int, experience=None, max_turns=1000):
@@ -288,8 +291,8 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
         envs = importlib.import_module("envs")  # not at the top: --logs needs no game
         games = envs.games_in(file) if not file or Path(file).exists() else {}
         maker = getattr(games.get(name), variant, None) if variant else games.get(name)
-        game = maker and maker(**({"seed": seed} if variant == "renamed" else {}))
-    require(game or variant, f"--env {cfg.env}: no game {name}; choose {', '.join(envs.GAMES)}, or FILE.py:CLASS")
+        game = None if maker is None else maker(seed=seed) if variant == "renamed" else maker()
+    require(maker or variant, f"--env {cfg.env}: no game {name}; choose {', '.join(envs.GAMES)}, or FILE.py:CLASS")
     return game
 
 
@@ -306,18 +309,18 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     """Write up to `cfg.lists` lists in parallel, each from its own share of the trajectories; drop empty ones."""
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8-sig").strip()]
-    room = cfg.experience_budget, policy.count_tokens  # of the policy, which will read the lists
+    limit = {"budget": cfg.experience_budget, "count_tokens": policy.count_tokens}  # not the extractor's tokens
     if cfg.extractor:
         policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=None)
     size = math.ceil(len(trajectories) / cfg.lists)  # `phases` repeats the levels, so each share has them all
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
-        lists = [prompts.raw_experience(x, cfg.reasoning, *room) for x in shares]
-    else:
-        chains, size = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # else one per episode
+        lists = [prompts.raw_experience(x, cfg.reasoning, **limit) for x in shares]
+    else:  # --previous: one chain a list, in sequence. Else one an episode, all at once, and then joined to lists.
+        chains, n = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # n chains make a list
         folds = [lesson_list(policy, cfg, chain) for chain in chains]
-        new = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
-        lists = [prompts.accumulate("", "\n".join(new[i : i + size]), *room) for i in range(0, len(new), size)]
+        parts = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
+        lists = [prompts.accumulate("", "\n".join(parts[i : i + n]), **limit) for i in range(0, len(parts), n)]
     lists += [prompts.as_items(["Look before every move."])] if cfg.smoke else []  # so few tokens hold no lesson
     require(any(lists), "no lesson in any list: try more --experience-budget, --form free or another model")
     return [experience for experience in lists if experience]
@@ -336,8 +339,8 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 
 # --- consolidate: the only part that changes weights ------------------------------------------------------
 def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=None, on_step=lambda *_: None):
-    """Distil the lists into the policy's weights, on-policy (Eq. 2); None is a control. A step is `cfg.batch_episodes`
-    logs. `state`: path to save to and resume from. FloatingPointError, before a step whose loss or gradient is not finite."""
+    """Distil the lists into the policy's weights (Eq. 2); `experiences` None is a control. A step takes the next
+    `cfg.batch_episodes` logs. `state`: file to resume from. FloatingPointError if a step's loss is not finite."""
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()  # the policy with which the round began
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay, fused=True)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
@@ -375,13 +378,13 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
 
 def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step: int) -> list[Sample]:
     """Answer each prompt of the step's logs once: y ~ pi_theta(.|x), or off-policy y ~ pi_teacher(.|e, x)."""
-    logs = logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]
-    student_prompts = [turn["prompt"] for trajectory in logs for turn in trajectory["turns"]]
-    known = [None if trajectory.get("anchor") else experiences for trajectory in logs for _ in trajectory["turns"]]
-    draw = np.random.default_rng(derive_seed(phase.seed, step))  # a prompt gets one of the lists, but an anchor none
-    tell = lambda x, lists: x if lists is None else prompts.with_experience(x, lists[draw.integers(len(lists))])
-    teacher_prompts = [*map(tell, student_prompts, known)]
-    prompt_ids, teacher_ids = ([policy.encode(x) for x in xs] for xs in (student_prompts, teacher_prompts))
+    rng, pairs = np.random.default_rng(derive_seed(phase.seed, step)), []
+    for log in logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]:
+        for x in (turn["prompt"] for turn in log["turns"]):
+            told = experiences is not None and not log.get("anchor")  # a control or an anchor: both read the same
+            e_x = prompts.with_experience(x, experiences[rng.integers(len(experiences))]) if told else x
+            pairs.append((policy.encode(x), policy.encode(e_x)))
+    prompt_ids, teacher_ids = map(list, zip(*pairs, strict=True))
     check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
     phase = phase._replace(seed=derive_seed(phase.seed, step, 1))  # new noise in every step
     who = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
@@ -430,8 +433,8 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
     head_grad = torch.zeros_like(ws, dtype=exact) if ws.requires_grad else None
-    # The (N, V) logits never exist at once. Chunks of n positions reuse three (n, V) buffers. They hold in turn:
-    #     a: logits, d, gradient by the logits     b: log p, p     c: log q, then q (forward) or p * d (reverse)
+    # The (N, V) logits never exist at once: n positions at a time, in three (n, V) buffers, work, log_p and log_q.
+    # To save memory each is overwritten: work by the logits, d and the gradient, log_p by p, log_q by q or p * d.
     buffers = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
     # In bf16, products and then gradients use one more, whose rows are aligned. On CUDA products are float32.
     space = buffers[0] if hs.dtype == exact else buffers.new_empty(len(buffers[0]), round_up(len(ws), 64))
@@ -439,14 +442,14 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
     grads, products = (space.view(kind)[:, : len(ws)] for kind in (hs.dtype, exact if wide else hs.dtype))
     for start in range(0, len(hs), chunk):
         rows = slice(start, start + chunk)
-        a, b, c = buffers[:, : len(hs[rows])]
-        for hidden, head, log_probs in ((hs, ws, b), (ht, wt, c)):
-            logits = a.copy_(torch.mm(hidden[rows], head.T, **wide, out=products[: len(a)]))
+        work, log_p, log_q = buffers[:, : len(hs[rows])]
+        for hidden, head, log_probs in ((hs, ws, log_p), (ht, wt, log_q)):
+            logits = work.copy_(torch.mm(hidden[rows], head.T, **wide, out=products[: len(work)]))
             torch.log_softmax(logits.div_(temperature), -1, out=log_probs)
-        d, p = torch.sub(b, c, out=a), b.exp_()
+        d, p = torch.sub(log_p, log_q, out=work), log_p.exp_()
         if direction == "forward":  # -sum_j q_j d_j, with the gradient p_j - q_j
-            kl.append(-torch.linalg.vecdot(c.exp_(), d))
-            grad = torch.sub(p, c, out=a)
+            kl.append(-torch.linalg.vecdot(q := log_q.exp_(), d))
+            grad = torch.sub(p, q, out=work)
         else:
             if direction == "reverse":
                 offset = d.gather(-1, p.argmax(-1, keepdim=True))  # (n, 1)
@@ -456,10 +459,10 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
                 kept = torch.zeros_like(d).scatter_(-1, top, 1)
                 d.add_(1).mul_(kept)  # d is now k (d + 1)
                 offset = -torch.linalg.vecdot(p, kept)[:, None]  # (n, 1): takes the + 1 out of the KL again
-            mean = torch.mul(p, d, out=c).sum(-1, keepdim=True)  # (n, 1)
+            mean = torch.mul(p, d, out=log_q).sum(-1, keepdim=True)  # (n, 1)
             kl.append((mean + offset)[:, 0])
             grad = d.sub_(mean).mul_(p)
-        grad = grads[: len(a)].copy_(grad.div_(temperature))
+        grad = grads[: len(work)].copy_(grad.div_(temperature))
         hidden_grad[rows] = grad @ ws
         if head_grad is not None:
             head_grad.add_(grad.T @ hs[rows])  # chunks of bf16 are summed in float32
@@ -484,13 +487,13 @@ def response_hidden(model, prompt_ids: list[list[int]], response_ids: list[list[
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Batches of one experience and similar length, each of one sample or of at most `budget` padded tokens."""
-    # A list of lessons is known by what the teacher reads more, at its start. Its tokens count a quarter: no gradient.
-    key = lambda s: s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]
-    width = lambda s: max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
+    """Cut samples into batches that share an experience and cost at most `budget` padded tokens, or hold one sample.
+    The teacher's prompt counts a quarter, because its pass keeps nothing for a backward pass."""
+    experience = lambda s: s.teacher_ids[: len(s.teacher_ids) - len(s.prompt_ids)]  # it stands first in the prompt
+    cost = lambda s: max(len(s.prompt_ids), len(s.teacher_ids) // 4) + len(s.response_ids)
     batches = []
-    for s in sorted(samples, key=lambda s: (key(s), width(s))):
-        if not batches or key(s) != key(batches[-1][0]) or (len(batches[-1]) + 1) * width(s) > budget:
+    for s in sorted(samples, key=lambda s: (experience(s), cost(s))):
+        if not batches or experience(s) != experience(batches[-1][0]) or (len(batches[-1]) + 1) * cost(s) > budget:
             batches.append([])
         batches[-1].append(s)
     return batches
@@ -535,28 +538,29 @@ class Policy:
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.requires_grad:
                 grad, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
-                WORLD > 1 and dist.reduce(grad := grad.float(), 0)
-                if RANK == 0:  # bf16 of one process travels as bf16; a non-blocking copy to main memory is pinned
-                    grad = grad.to(master.device, non_blocking=p.is_cuda)
-                    p.is_cuda > master.is_cuda and torch.cuda.current_stream().synchronize()
-                    master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+                WORLD > 1 and dist.reduce(grad := grad.float(), 0)  # of one process it stays in bf16
+                if RANK == 0:
+                    grad = grad.to(master.device, non_blocking=p.is_cuda)  # non_blocking: through pinned memory
+                    p.is_cuda > master.is_cuda and torch.cuda.current_stream().synchronize()  # until it has arrived
+                    master.grad = (torch.zeros_like(master) if master.grad is None else master.grad).add_(grad)
 
     def copy_master(self) -> None:  # brings the model up to date, in every process
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if RANK == 0:
                 p.data.copy_(master)
-            if WORLD > 1:
-                dist.broadcast(p.data, 0)
+            WORLD > 1 and dist.broadcast(p.data, 0)
 
 
 def load_policy(source: str, device: torch.device, thinking=True, dtype="", offload: bool | None = False) -> Policy:
     """Load a policy. Options as in Config, but `offload` None: it will not be trained. UsageError if that fails."""
+    half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
+    kind = torch.bfloat16 if half and (RANK or offload is None) else torch.float32  # float32 for masters
     try:
         [json.loads(file.read_bytes()) for file in Path(source).glob("*.json")]  # or a damaged one may be ignored
         tokenizer = AutoTokenizer.from_pretrained(source)
-        how = {"dtype": torch.float32, "attention_dropout": 0.0, "use_safetensors": True, "output_loading_info": True}
+        how = {"dtype": kind, "attention_dropout": 0.0, "use_safetensors": True, "output_loading_info": True}
         config = AutoConfig.from_pretrained(source)  # our cache cannot do sliding windows, rotary scaling by length
-        window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or None
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         good = config.model_type in FAMILIES and not window and rope not in ("dynamic", "longrope")
         what = f"{config.model_type} with sliding window {window} and rotary embedding {rope} is not supported"
@@ -573,11 +577,10 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
     except Exception as error:  # noqa: BLE001 (whatever is wrong with the files)
         raise UsageError(f"no policy in {source!r}: {' '.join(str(error).split())[:300]}") from None
     master = params = list(model.eval().parameters())
-    half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # the one for streams and graphs
         n, free = sum(p.numel() for p in params), torch.cuda.mem_get_info(device)[0]
-        need = n * (2 if half else 4) * (1 if offload is None else 3)  # bytes; trained, also of teacher and gradient
+        need = n * (2 if half else 4) * (1 if offload is None else 3)  # bytes of student, teacher and gradient
         require(need < 0.92 * free, f"{source} needs {need >> 30} of {free >> 30} GiB; take a smaller model")
         offload = n * (22 if half else 20 if WORLD == 1 else 28) > 0.85 * free if offload is False else offload
     if half or offload or WORLD > 1:  # else the parameters are their own masters
@@ -605,12 +608,8 @@ def find_device(name: str = "") -> torch.device:
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
-# Whoever talks to the model is a generator, which yields Requests and is sent Responses. `drive` runs many at once.
-Request = namedtuple("Request", "prompt_ids max_new_tokens")  # a prompt, and the largest length of its reply
-Response = namedtuple("Response", "ids finish")  # the reply, with its stop id if any; "stop" or "length"
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, and of its request; ids: the reply so far
-# A forward pass writes to `positions` (B, t) of `row_ids` (B,), and reads `reach` tokens of `rows`: the same, in decode a slice.
-View = namedtuple("View", "cache rows row_ids positions reach")
+View = namedtuple("View", "cache rows row_ids positions reach")  # what attend writes and reads
 
 
 def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int, **options) -> list[Response]:
@@ -623,6 +622,7 @@ def drive(model, generators: list, *, desc: str | None = None, **options) -> lis
     """Run generators that yield Requests and are sent Responses; return what they return. See `Sampler`."""
     with contextlib.ExitStack() as undo, torch.inference_mode():
         AttentionInterface.register("oel", attend)
+        undo.callback(torch.cuda.empty_cache)  # or what training keeps would lie in the memory of this cache
         undo.callback(model.train, model.training)  # afterwards the model is as it was before
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         undo.callback(lambda: [x.close() for x in generators])  # where one has failed, the others end too
@@ -633,10 +633,9 @@ def drive(model, generators: list, *, desc: str | None = None, **options) -> lis
 
 
 def gather(mine) -> list:
-    """What every process gives, in all of them. No process goes on before all have come here."""
+    """What every process gives, in all of them, once all are here. `gather(x)[0]` is what process 0 says."""
     everyone = [mine] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(everyone, mine)
+    WORLD > 1 and dist.all_gather_object(everyone, mine)
     return everyone
 
 
@@ -649,8 +648,8 @@ class Sampler:
         self.stop_ids, self.seed, self.graphs, self.cuda = stop_ids, seed, graphs, model.device.type == "cuda"
         self.pick = functools.partial(pick, **picking)  # temperature, top_k, top_p
         self.head = model.get_output_embeddings().weight[: vocab_size and round_up(vocab_size, 64)]
-        self.results, self.waiting = [None] * len(generators), []  # waiting: jobs without a row, the next one last
-        self.unstarted = list(range(RANK, len(generators), WORLD))[::-1]  # their indices, the next one last
+        self.results, self.waiting = [None] * len(generators), deque()  # waiting: jobs that have no row yet
+        self.unstarted = deque(range(RANK, len(generators), WORLD))  # generators that have not been asked yet
         self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # row_len: tokens that a row must hold, prompt and reply
         self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
@@ -679,24 +678,24 @@ class Sampler:
             self.bar.update(WORLD)  # the others are about as far
             return
         check_fits(self.model, len(request.prompt_ids), request.max_new_tokens)
-        self.waiting.insert(len(self.waiting) if turn else 0, Job(owner, turn, request, []))
+        self.waiting.insert(0 if turn else len(self.waiting), Job(owner, turn, request, []))
         self.row_len = max(self.row_len, round_up(len(request.prompt_ids) + request.max_new_tokens, 256))
 
     def admit(self) -> None:
         """Have up to `max_rows` generators started. Prefill once over 1/8 of the rows are free, or enough for all."""
         used = sum(job is not None for job in self.rows)
         while self.unstarted and used + len(self.waiting) < self.max_rows:
-            self.advance(self.unstarted.pop(), 0, None)
+            self.advance(self.unstarted.popleft(), 0, None)
         capacity = max(1, min(self.max_rows, self.token_budget // self.row_len))
         free, wanted = capacity - used, len(self.waiting) + len(self.unstarted)
         if not self.waiting or free < min(wanted, capacity // 8 + 1):
             return
         if self.row_len > self.cache.length:
             self.compact()
-            old, self.cache = self.cache, KVCache(self.model, capacity, self.row_len)
+            larger = KVCache(self.model, capacity, self.row_len)
             for row in range(len(self.rows)):
-                self.cache.copy_row(row, old, row, old.length)
-            self.captured.clear()  # the graphs read the old cache
+                larger.copy_row(row, self.cache, row, self.cache.length)
+            self.cache, self.captured = larger, {}  # the graphs read the old cache
         n = len(self.waiting) if self.rows else 1  # the first one alone: then others copy what they share with it
         self.rows += [None] * (capacity - len(self.rows))
         self.prefill(self.assign_rows(n))
@@ -706,7 +705,7 @@ class Sampler:
         (an earlier turn, the same experience). Returns (tokens to run, tokens copied, row) of each."""
         # A vacant donor goes to the first job that matches it; whoever else copies from it is placed later.
         vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
-        for job in [self.waiting.pop() for _ in range(min(n, len(vacant)))]:
+        for job in [self.waiting.popleft() for _ in range(min(n, len(vacant)))]:
             ids = job.request.prompt_ids  # the last of them must run, whatever is known of the others
             common = (self.cache.prompts[:, : len(ids)] == ids).cumprod(1).sum(1)
             donor, shared = int(common.argmax()), min(int(common.max()), len(ids) - 1)
@@ -775,7 +774,7 @@ class Sampler:
                 with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
                     step()
             except RuntimeError as error:
-                logging.get_logger("oel").warning_once(f"CUDA graphs fail here, so decoding takes longer: {error}")
+                logging.get_logger("oel").warning_once(f"CUDA graphs fail here, use --no-graphs: {error}")
                 self.graphs = False
                 return step()
             self.captured[n, reach] = graph
@@ -783,15 +782,14 @@ class Sampler:
 
     def forward(self, rows, ids: torch.Tensor, start: torch.Tensor, last, reach: int) -> None:
         """Run ids (B, t) in the given rows from position `start` (B,) on; sample what follows ids[b, last[b]]."""
-        cache, config, device, (B, t) = self.cache, self.model.config, ids.device, ids.shape
+        cache, device, (B, t) = self.cache, ids.device, ids.shape
         # What passes the end (padding, ended replies) goes to the last place, which no reply reads.
         positions = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)  # (B, t)
         later = torch.arange(reach, device=device) > positions[:, None, :, None]
-        groups = config.num_attention_heads // config.num_key_value_heads if t > 1 else 1
-        mask = torch.where(later, -math.inf, 0.0).to(self.model.dtype).repeat(1, 1, groups, 1)  # as in attend
+        mask = torch.where(later, -math.inf, later.new_zeros((), dtype=self.model.dtype))  # (B, 1, t, reach)
         view = View(cache, rows, torch.arange(len(cache.token), device=device)[rows], positions, reach)
         how = {"position_ids": positions, "attention_mask": mask, "use_cache": False, "oel_view": view}
-        hidden = self.model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D)
+        hidden = self.model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D), by way of attend
         cache.used[rows] = start + last + 1
         key = mix((cache.noise[rows] + (cache.used[rows] - cache.prompt_len[rows]) * 0x632BE5AB).int())
         logits = (hidden[torch.arange(B, device=device), last] @ self.head.T)[:, : self.vocab_size]  # (B, V)
@@ -819,13 +817,15 @@ class KVCache:
 
 
 def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kwargs):
-    """Attention over a KVCache for the model's own layers: query (B, Hq, t, head_dim) -> (B, t, Hq, head_dim).
-    The Hq / Hkv queries of a key head are stacked along the sequence axis, so that no key is repeated."""
+    """Attention of the model's layers over a KVCache: query (B, Hq, t, head_dim) -> (B, t, Hq, head_dim). It writes
+    `positions` (B, t) of `row_ids` (B,), and reads `reach` tokens of `rows`: the same rows, in decode as a slice."""
     kv, view = oel_view.cache.kv[:, module.layer_idx], oel_view  # (2, R, Hkv, length, head_dim)
     for old, new in zip(kv, (key, value), strict=True):  # each new (B, Hkv, t, head_dim)
         old[view.row_ids[:, None], :, view.positions] = new.transpose(1, 2)
     keys, values = kv[:, view.rows, :, : view.reach]  # each (B, Hkv, reach, head_dim)
-    q = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    if query.shape[2] > 1:  # else the queries of a key head are stacked along t, so that no key is repeated
+        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
+    q = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])
     out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attention_mask, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2), None
 
@@ -864,10 +864,10 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     logs = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else []
     good = not cfg.logs or Path(cfg.logs).is_file() and any(not log["anchor"] for log in logs)
     require(good, f"--logs {cfg.logs}: it is empty, no regular file, or holds anchors alone")
-    lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if cfg.experience else ""
-    good = not cfg.experience or Path(cfg.experience).is_file() and lessons and "\ufffd" not in lessons
+    lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if Path(cfg.experience).is_file() else ""
+    good = not cfg.experience or lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
-    cfg.logs or getattr(make_game(cfg), "close", bool)()  # raises what is wrong with the game
+    cfg.logs or getattr(make_game(cfg), "close", lambda: None)()  # raises now what is wrong with the game
     files = list(filter(None, (cfg.logs, cfg.experience)))
     files += [x for folder in filter(None, (cfg.model, cfg.extractor)) for x in Path(folder).glob("*.[sj]*")]
     new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}
@@ -876,7 +876,8 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     except (OSError, TypeError, ValueError, RecursionError):
         require(not any(out.glob("round*")), f"{out}/config.json is missing or damaged: choose another --out")
         old = new
-    names = sorted({*old, *new} - {"out", "rounds", "device"})  # a run may move, and go on for more rounds
+    free = {"out", "rounds", "device", "rows", "micro_tokens", "offload", "graphs", "save_every"}  # may change
+    names = sorted({*old, *new} - free)
     changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in names if old.get(k) != new.get(k)]
     require(not changed, f"{out} has other settings ({'; '.join(changed)}): choose another --out")
     return logs, lessons, new
@@ -896,8 +897,7 @@ def recorded(path: Path, stage, *args) -> list:
 
 def add_row(path: Path, row: dict) -> None:
     """Add a row, in place of this and all later (round, step) rows, which a killed run had left."""
-    rows = [x for x in read_jsonl(path) if (x["round"], x["step"]) < (row["round"], row["step"])]
-    write_jsonl(path, [*rows, row])
+    write_jsonl(path, [x for x in read_jsonl(path) if (x["round"], x["step"]) < (row["round"], row["step"])] + [row])
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -944,11 +944,11 @@ def save_model(path: Path, policy: Policy) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of metrics.jsonl as text, below a line of names; "" if there are none."""
+    """Rows of metrics.jsonl as text, below a line of names."""
     names = ["round", "step", "pass_rate", "reply_tokens", "in_context", "unseen", "forgetting"]
     values = [[row.get(name, row.get(f"{name}_pass_rate")) for name in names] for row in rows]
     show = lambda x: f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x).replace("_", " ")
-    return "\n".join("  ".join(show(x).rjust(12) for x in line) for line in [names, *values] if rows)
+    return "\n".join("  ".join(show(x).rjust(12) for x in line) for line in [names, *values])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -960,7 +960,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     logging.disable_progress_bar()  # those of transformers, one for every file it opens; ours stay
     try:
-        print("\n".join(f"{name:20} {value}" for name, value in dataclasses.asdict(cfg).items()))
+        print("\n".join(f"{name:20} {x}" for name, x in {**vars(cfg), "device": find_device(cfg.device)}.items()))
         with tempfile.TemporaryDirectory() as scratch:
             run(dataclasses.replace(cfg, out=gather(f"{scratch}/run")[0]) if cfg.smoke else cfg)
     except (UsageError, FloatingPointError, UnicodeError, OSError, torch.OutOfMemoryError) as error:

@@ -89,7 +89,6 @@ ODD = {  # lines of a class -> what the message says
     "task = 5": "AssertionError('5 is not text')",
     "task = property(lambda self: 1 / 0)": "ZeroDivisionError",
     "strict = property()": "own.py:Game: AttributeError",
-    "__bool__ = lambda self: False": "own.py:Game: no game Game",
     "step = lambda self, reply: ('Well.', torch.ones(2))": "turn 1: RuntimeError",
 }
 
@@ -102,6 +101,14 @@ def test_whatever_is_odd_about_a_game_is_named(line, message, game, folder, tmp_
     with pytest.raises(SystemExit) as stop:
         oel.main(arguments(small(model=folder, env=env, out=tmp_path / "run")))
     assert stop.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_game_may_be_false(game):
+    """Catches: a game with a length, such as that of a list of things on its board, that counts as none."""
+    env = game()
+    file = Path(env.rpartition(":")[0])
+    file.write_text(f"{file.read_text()}\n    __len__ = lambda self: 0\n")
+    assert oel.make_game(small(env=env)) is not None
 
 
 def test_a_variant_without_its_rules_is_named(game, folder, lessons, tmp_path, capsys):
@@ -690,3 +697,13 @@ def test_equal_sides_have_no_divergence():
 def test_the_chat_models_of_the_readme_have_presets():
     cfg = oel.parse_args(["--model", "HuggingFaceTB/SmolLM2-135M-Instruct"])
     assert (cfg.thinking, cfg.reply_limit, cfg.steps, cfg.lr) == (False, 128, 24, 1e-5)
+
+
+def test_what_costs_only_time_or_memory_may_change(folder, lessons, tmp_path):
+    """Catches: a run that died of too little memory, and cannot go on with less of it."""
+    cfg = small(model=folder, experience=lessons, out=tmp_path / "run", rounds=1)
+    oel.run(cfg)
+    less = {"micro_tokens": 64, "rows": 2, "offload": True, "graphs": False, "save_every": 1}
+    assert oel.run(dataclasses.replace(cfg, rounds=2, **less))[-1]["round"] == 2
+    with pytest.raises(oel.UsageError, match="steps was"):
+        oel.run(dataclasses.replace(cfg, steps=cfg.steps + 1))

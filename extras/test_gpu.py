@@ -256,3 +256,25 @@ def test_memory_is_counted_and_freed():
         assert gpu.live == 400
         del x
         assert (gpu.live, gpu.peak) == (0, 400)
+
+
+def test_the_sampler_gives_its_memory_back_before_anything_else_is_made(folder, monkeypatch):
+    """Catches: AdamW's moments that lie in the middle of the last cache, so that the next one is smaller for good."""
+    with PretendedGPU() as gpu:
+        policy = oel.load_policy(folder, gpu.device)
+        before, live = gpu.live, []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: live.append(gpu.live))
+        oel.drive(policy.model, talks(policy), stop_ids=policy.stop_ids)
+    assert live[-1] == before and len(live) > 1
+
+
+def test_a_model_that_is_not_trained_needs_no_float32(folder):
+    """Catches: an extractor, or one of eight processes, that loads four bytes a parameter to keep two."""
+    trained, other = (oel.load_policy(folder, CPU, dtype="bfloat16", offload=how) for how in (False, None))
+    assert {p.dtype for p in other.master} == {torch.bfloat16} and {p.dtype for p in trained.master} == {
+        torch.float32
+    }
+    for one, two in zip(trained.model.parameters(), other.model.parameters(), strict=True):
+        assert one.dtype == torch.bfloat16 and torch.equal(one, two)
+    for one, two in zip(trained.model.buffers(), other.model.buffers(), strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, two), "rotary frequencies are not rounded"
