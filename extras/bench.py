@@ -2,6 +2,7 @@
 
     python extras/bench.py sample              the sampler against model.generate and continuous batching of the hub
     python extras/bench.py sample --only games,experience
+    python extras/bench.py sample --only chat --model HuggingFaceTB/SmolLM2-135M-Instruct
     python extras/bench.py distill             the gradient of one step against full logits and autograd
 
 Every contestant produces the same tokens (greedy; bf16 ones the same number of tokens) or the same gradient, in turn:
@@ -12,6 +13,7 @@ on a CPU with smaller ones; weights are random but for the embedded policy, whic
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import multiprocessing
 import os
@@ -44,6 +46,7 @@ SIZES = {
     "told": (32, 64, 128),
     "mixed": (6, 12),
     "experience": (16, 64),
+    "chat": (16, 64),
 }  # batch sizes tried on a CPU
 
 
@@ -194,7 +197,15 @@ def experience(device):
     return model, frozenset(), asking(requests)
 
 
-WORKLOADS = {"games": games, "told": told, "mixed": mixed, "experience": experience}
+def chat(device, model: str):
+    """A real model's own replies, of at most 128 tokens, to 64 questions of chat_logs.jsonl."""
+    policy = oel.load_policy(model, device, thinking=False)
+    logs = oel.read_jsonl(Path(__file__).with_name("chat_logs.jsonl"), prompts.parse_log)
+    requests = [oel.Request(policy.encode(log["turns"][0]["prompt"]), 128) for log in logs[:64]]
+    return policy.model, policy.stop_ids, asking(requests)
+
+
+WORKLOADS = {"games": games, "told": told, "mixed": mixed, "experience": experience}  # and chat, with --model
 
 
 # --- measuring --------------------------------------------------------------------------------------------
@@ -431,9 +442,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--only", default="", help="workloads, with commas [all]")
+    parser.add_argument("--model", default="", help="hub name or folder, to add the workload chat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="")
     args = parser.parse_args()
+    if args.model:
+        WORKLOADS["chat"] = functools.update_wrapper(functools.partial(chat, model=args.model), chat)
     workloads, benchmark = BENCHMARKS[args.what]
     chosen = args.only.split(",") if args.only else list(workloads)
     if unknown := set(chosen) - set(workloads):
