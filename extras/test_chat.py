@@ -283,3 +283,26 @@ def test_the_log_that_ships_is_clean_and_has_no_held_out_question():
     assert chat.visible(text) == text and "<|" not in text and "�" not in text
     assert all(set(json.loads(line)) == {"messages"} for line in text.splitlines())
     assert (EXTRAS / "short_answers.txt").read_text().strip()
+
+
+# --- wish.py ------------------------------------------------------------------------------------------------
+def test_the_figure_names_each_way_of_training_once(tmp_path):
+    """Catches: a column that the script reads under another name, or a legend with a line for every seed."""
+    pytest.importorskip("matplotlib")
+    import wish
+
+    names = ["told on Mondays", "told on Tuesdays"]
+    rows = ["how,seed,follow,follow_low,follow_high,change,change_low,change_high"]
+    rows += [f"{name},{seed},50,40,60,-1,-2,0.5" for name in names for seed in (1, 2)]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    wish.main(["--csv", str(tmp_path / "a.csv"), "--svg", str(tmp_path / "a.svg")])
+    drawn = (tmp_path / "a.svg").read_text("utf-8")
+    assert all(drawn.count(f"<!-- {name} -->") == 1 for name in names), "each way once in the legend"
+
+
+def test_a_checkpoint_names_the_dtype_in_which_it_learned(folder, lessons, tmp_path):
+    """Catches: a model that others load in another dtype than it was trained in, and whose lesson is rounded away."""
+    for dtype in ("bfloat16", "float32"):
+        out = tmp_path / dtype
+        oel.run(small(model=folder, experience=lessons, dtype=dtype, out=out))
+        assert json.loads((out / "round1/model/config.json").read_text())["dtype"] == dtype
