@@ -876,7 +876,7 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     except (OSError, TypeError, ValueError, RecursionError):
         require(not any(out.glob("round*")), f"{out}/config.json is missing or damaged: choose another --out")
         old = new
-    free = {"out", "rounds", "device", "rows", "micro_tokens", "offload", "graphs", "save_every"}  # may change
+    free = {"out", "rounds", "device", "rows", "micro_tokens", "checkpointing", "offload", "graphs", "save_every"}
     names = sorted({*old, *new} - free)
     changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in names if old.get(k) != new.get(k)]
     require(not changed, f"{out} has other settings ({'; '.join(changed)}): choose another --out")

@@ -703,7 +703,7 @@ def test_what_costs_only_time_or_memory_may_change(folder, lessons, tmp_path):
     """Catches: a run that died of too little memory, and cannot go on with less of it."""
     cfg = small(model=folder, experience=lessons, out=tmp_path / "run", rounds=1)
     oel.run(cfg)
-    less = {"micro_tokens": 64, "rows": 2, "offload": True, "graphs": False, "save_every": 1}
+    less = {"micro_tokens": 64, "rows": 2, "checkpointing": True, "offload": True, "graphs": False, "save_every": 1}
     assert oel.run(dataclasses.replace(cfg, rounds=2, **less))[-1]["round"] == 2
     with pytest.raises(oel.UsageError, match="steps was"):
         oel.run(dataclasses.replace(cfg, steps=cfg.steps + 1))
