@@ -538,7 +538,7 @@ class Policy:
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.requires_grad:
                 grad, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
-                WORLD > 1 and dist.reduce(grad := grad.float(), 0)  # of one process it stays in bf16
+                WORLD > 1 and dist.reduce(grad := grad.float(), 0)  # one process keeps it in bf16
                 if RANK == 0:
                     grad = grad.to(master.device, non_blocking=p.is_cuda)  # non_blocking: through pinned memory
                     p.is_cuda > master.is_cuda and torch.cuda.current_stream().synchronize()  # until it has arrived

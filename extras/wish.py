@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         x, left, right, y, low, high = (
             float(row[f"{what}{end}"]) for what in ("follow", "change") for end in ("", "_low", "_high")
         )
+        label = None if row["how"] in seen else row["how"]  # once in the legend
         color = seen.setdefault(row["how"], f"C{len(seen)}")
-        label = row["how"] if color not in [line.get_color() for line in axes.lines] else None
         axes.plot(x, y, "o", color=color, markersize=4, label=label)
         axes.plot([left, right], [y, y], color=color, linewidth=0.6, alpha=0.5)
         axes.plot([x, x], [low, high], color=color, linewidth=0.6, alpha=0.5)
