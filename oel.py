@@ -57,7 +57,9 @@ RANK, WORLD = (int(os.environ.get(x, n)) for x, n in (("RANK", 0), ("WORLD_SIZE"
 
 
 def option(default, help: str, choices: tuple | None = None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    kind = {"type": type(default), "choices": choices}
+    kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else kind
+    return dataclasses.field(default=default, metadata={"help": f"{help} [{default}]".replace("%", "%%"), **kind})
 
 
 @dataclasses.dataclass
@@ -89,7 +91,7 @@ class Config:
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
     context: str = option("items", "teacher sees the lessons, raw logs, or nothing", ("items", "raw", "none"))
     distill: str = option("on-policy", "who replies: the student, or the teacher", ("on-policy", "off-policy"))
-    kl: str = option("reverse", "the KL's direction; the authors: reverse-256", ("reverse", "reverse-256", "forward"))
+    kl: str = option("reverse", "direction of the KL", ("reverse", "forward"))
     steps: int = option(20, "optimizer steps a round")
     batch_episodes: int = option(64, "logged episodes a step; each of their prompts is answered once")
     lr: float = option(5e-6, "learning rate, constant")
@@ -146,8 +148,7 @@ Response = namedtuple("Response", "ids finish")  # the reply, with its stop id i
 
 
 def run(cfg: Config) -> list[dict]:
-    """The algorithm at the top of this file; returns the rows of metrics.jsonl. Every stage leaves a record and is
-    not run again once it has one, so the same command continues a run that was stopped."""
+    """The algorithm at the top of this file; returns metrics.jsonl. A stage with a record is not run again."""
     out, device = Path(cfg.out), find_device(cfg.device)
     with contextlib.nullcontext() if RANK else FileLock(f"{out.resolve()}.lock", blocking=False):
         own, lessons, settings = check_inputs(cfg, out)
@@ -162,8 +163,7 @@ def run(cfg: Config) -> list[dict]:
         if cfg.logs:  # the user's logs take the place of what deploy would record
             write_jsonl(out / "round1/trajectories.jsonl", [log for log in own if not log["anchor"]])
             write_jsonl(out / "round1/logs.jsonl", [own[i % len(own)] for i in range(cfg.steps * cfg.batch_episodes)])
-        if not done:
-            measure(policy, cfg, 0, 0, out, time.perf_counter())
+        measure(policy, cfg, 0, 0, out, time.perf_counter())
         for r in range(max(done, 1), cfg.rounds + 1):  # round `done` again: its evaluation may be missing
             play_round(policy, cfg, r, out)
         metrics = gather(read_jsonl(out / "metrics.jsonl"))[0]
@@ -173,8 +173,7 @@ def run(cfg: Config) -> list[dict]:
 
 
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
-    """What round r plays in each phase, and how it samples. The three kinds of levels have disjoint seeds, and rounds
-    share the held-out levels alone. Phases with `nucleus` use --top-p and --top-k, others sample from all tokens."""
+    """What round r plays in each phase, and how it samples. No two phases or rounds share levels, but held-out ones."""
     levels = (lambda *_: []) if cfg.logs else importlib.import_module("envs").level_seeds  # logs: nothing is played
     n, seed = cfg.steps * cfg.batch_episodes, functools.partial(derive_seed, cfg.seed)
     k = 0 if cfg.experience or cfg.context == "none" else cfg.episodes  # 0: no lessons are extracted
@@ -234,8 +233,7 @@ def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant:
     Only probes show `experiences`, one an episode in rotation, and play variants. "renamed" shows the rules."""
 
     def play(i: int, level: int):  # a generator: the game is made when it is its turn to be played
-        game = make_game(cfg, variant, seed=i)
-        if game is None:
+        if (game := make_game(cfg, variant, seed=i)) is None:
             return None
         with game_errors(f"--env {cfg.env} {variant}".strip()):
             game.strict = cfg.strict and cfg.thinking  # without thinking there is no closing tag to wait for
@@ -368,9 +366,8 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
         optimizer.step()
         optimizer.zero_grad()
         policy.copy_master()
-        tokens, seconds = sum(len(s.response_ids) for s in samples), time.perf_counter() - began
-        row = {"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "replies": len(samples), "seconds": seconds}
-        on_step(step, {**row, "tokens_per_second": tokens / max(seconds, 1e-9)})
+        row = {"loss": loss, "grad_norm": grad_norm, "tokens": sum(len(s.response_ids) for s in samples)}
+        on_step(step, {**row, "replies": len(samples), "seconds": time.perf_counter() - began})
         if state and step % cfg.save_every == 0 and step < cfg.steps:
             progress = {"step": step, "master": policy.master, "optimizer": optimizer.state_dict()}
             atomic(state, functools.partial(torch.save, progress))
@@ -424,11 +421,10 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
     """KL(student || teacher) at N positions, in nats and exact over V, and the gradients of its sum (Eq. 2).
 
     Takes hidden states (N, D), heads (V, D) and the sampling temperature. Returns the KL (N,) and its gradients by hs
-    (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student); "reverse-256" sums over the
-    student's top 256 tokens only, as the authors do.
-    For reverse, with p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j. Its
-    gradient by the student's logits is p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL
-    agree in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
+    (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student).
+    For reverse, with p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j,
+    and its gradient by the student's logits p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL agree in
+    almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
     require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
@@ -451,14 +447,7 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
             kl.append(-torch.linalg.vecdot(q := log_q.exp_(), d))
             grad = torch.sub(p, q, out=work)
         else:
-            if direction == "reverse":
-                offset = d.gather(-1, p.argmax(-1, keepdim=True))  # (n, 1)
-                d.sub_(offset)
-            else:  # with k = kept, the gradient is p_i (k_i (d_i + 1) - sum_j k_j p_j (d_j + 1))
-                top = p.topk(min(int(direction.removeprefix("reverse-")), len(ws)), -1).indices
-                kept = torch.zeros_like(d).scatter_(-1, top, 1)
-                d.add_(1).mul_(kept)  # d is now k (d + 1)
-                offset = -torch.linalg.vecdot(p, kept)[:, None]  # (n, 1): takes the + 1 out of the KL again
+            d.sub_(offset := d.gather(-1, p.argmax(-1, keepdim=True)))  # (n, 1)
             mean = torch.mul(p, d, out=log_q).sum(-1, keepdim=True)  # (n, 1)
             kl.append((mean + offset)[:, 0])
             grad = d.sub_(mean).mul_(p)
@@ -601,15 +590,14 @@ def find_device(name: str = "") -> torch.device:
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # mps, ...
     if WORLD > 1 and (name or best).startswith("cuda"):  # each process takes its own, whatever is typed
         name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
-    kind, colon, index = name.partition(":")
-    known = not colon or index in map(str, range(1 if kind == "cpu" else torch.accelerator.device_count()))
-    require(kind in ("", "cpu", best) and known, f"--device {name} is not available; the best one is {best}")
+    known = ["", "cpu", "cpu:0", best, *(f"{best}:{i}" for i in range(torch.accelerator.device_count()))]
+    require(name in known, f"--device {name} is not available; the best one is {best}")
     return torch.device(name or best)
 
 
 # --- the sampler ------------------------------------------------------------------------------------------
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, and of its request; ids: the reply so far
-View = namedtuple("View", "cache rows row_ids positions reach")  # what attend writes and reads
+View = namedtuple("View", "cache rows row_ids positions reach lengths")  # what attend writes and reads
 
 
 def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int, **options) -> list[Response]:
@@ -646,13 +634,12 @@ class Sampler:
     def __init__(self, model, generators, bar, *, stop_ids, seed=0, rows=0, vocab_size=None, graphs=False, **picking):
         self.model, self.generators, self.bar, self.vocab_size = model, generators, bar, vocab_size
         self.stop_ids, self.seed, self.graphs, self.cuda = stop_ids, seed, graphs, model.device.type == "cuda"
-        self.pick = functools.partial(pick, **picking)  # temperature, top_k, top_p
+        self.pick, self.flash = functools.partial(pick, **picking), self.cuda and flash_works(model)
         self.head = model.get_output_embeddings().weight[: vocab_size and round_up(vocab_size, 64)]
         self.results, self.waiting = [None] * len(generators), deque()  # waiting: jobs that have no row yet
         self.unstarted = deque(range(RANK, len(generators), WORLD))  # generators that have not been asked yet
-        self.rows = []  # the job in each row of the cache that is in use, or None while the row is vacant
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # row_len: tokens that a row must hold, prompt and reply
-        self.captured = {}  # sizes of a decode step -> its CUDA graph, or None before it is captured
+        self.rows, self.captured = [], {}  # each row's job, or None; sizes of a decode step -> its graph, or None
         torch.cuda.empty_cache()  # has no effect without CUDA
         memory = torch.cuda.mem_get_info(model.device)[0] if self.cuda else 12 << 30  # bytes
         self.token_budget = memory * 2 // 5 // KVCache(model, 1, 1).kv.nbytes  # an old and a larger cache coexist
@@ -701,8 +688,7 @@ class Sampler:
         self.prefill(self.assign_rows(n))
 
     def assign_rows(self, n: int) -> list[tuple[int, int, int]]:
-        """Give the next n waiting jobs a row each, and copy what their prompts share with one in the cache
-        (an earlier turn, the same experience). Returns (tokens to run, tokens copied, row) of each."""
+        """Give n jobs a row each, and copy what is known of their prompts: [(tokens to run, tokens copied, row)]."""
         # A vacant donor goes to the first job that matches it; whoever else copies from it is placed later.
         vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
         for job in [self.waiting.popleft() for _ in range(min(n, len(vacant)))]:
@@ -787,9 +773,10 @@ class Sampler:
         positions = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)  # (B, t)
         later = torch.arange(reach, device=device) > positions[:, None, :, None]
         mask = torch.where(later, -math.inf, later.new_zeros((), dtype=self.model.dtype))  # (B, 1, t, reach)
-        view = View(cache, rows, torch.arange(len(cache.token), device=device)[rows], positions, reach)
-        how = {"position_ids": positions, "attention_mask": mask, "use_cache": False, "oel_view": view}
-        hidden = self.model.get_decoder()(input_ids=ids, **how).last_hidden_state  # (B, t, D), by way of attend
+        lengths = (positions[:, 0] + 1).int() if self.flash and isinstance(rows, slice) else None  # (B,)
+        view = View(cache, rows, torch.arange(len(cache.token), device=device)[rows], positions, reach, lengths)
+        how = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
+        hidden = self.model.get_decoder()(input_ids=ids, **how, oel_view=view)[0]  # (B, t, D), by way of attend
         cache.used[rows] = start + last + 1
         key = mix((cache.noise[rows] + (cache.used[rows] - cache.prompt_len[rows]) * 0x632BE5AB).int())
         logits = (hidden[torch.arange(B, device=device), last] @ self.head.T)[:, : self.vocab_size]  # (B, V)
@@ -802,7 +789,7 @@ class KVCache:
     def __init__(self, model, num_rows: int, length: int):
         c, self.length = model.config, length
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        shape = (2, c.num_hidden_layers, num_rows, c.num_key_value_heads, length, head_dim)  # keys, values
+        shape = (2, c.num_hidden_layers, num_rows, length, c.num_key_value_heads, head_dim)  # keys, values
         self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)  # not empty: a masked NaN times 0 is NaN
         # Four numbers a row: newest token (sampled, but not in kv yet), tokens in kv, prompt length, noise key.
         self.state = torch.zeros(4, num_rows, dtype=torch.long, device=model.device)
@@ -811,7 +798,7 @@ class KVCache:
 
     def copy_row(self, row: int, cache: KVCache, source: int, n: int) -> None:
         """Copy the first n tokens of a row of a cache, this one or another, and all else that is known of it."""
-        self.kv[:, :, row, :, :n] = cache.kv[:, :, source, :, :n]
+        self.kv[:, :, row, :n] = cache.kv[:, :, source, :n]
         self.state[:, row] = cache.state[:, source]
         self.prompts[row, : cache.length] = cache.prompts[source]
 
@@ -819,15 +806,31 @@ class KVCache:
 def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kwargs):
     """Attention of the model's layers over a KVCache: query (B, Hq, t, head_dim) -> (B, t, Hq, head_dim). It writes
     `positions` (B, t) of `row_ids` (B,), and reads `reach` tokens of `rows`: the same rows, in decode as a slice."""
-    kv, view = oel_view.cache.kv[:, module.layer_idx], oel_view  # (2, R, Hkv, length, head_dim)
+    kv, view = oel_view.cache.kv[:, module.layer_idx], oel_view  # (2, R, length, Hkv, head_dim)
     for old, new in zip(kv, (key, value), strict=True):  # each new (B, Hkv, t, head_dim)
-        old[view.row_ids[:, None], :, view.positions] = new.transpose(1, 2)
-    keys, values = kv[:, view.rows, :, : view.reach]  # each (B, Hkv, reach, head_dim)
+        old[view.row_ids[:, None], view.positions] = new.transpose(1, 2)
+    if view.lengths is not None:  # flash attention, in decode on a GPU, reads each row only as far as it is filled
+        queries = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # where those of a row start
+        how = (queries, queries * kv.shape[2], 1, view.reach, 0.0, False, False)  # 1: the most queries in a row
+        flash = functools.partial(torch.ops.aten._flash_attention_forward, scale=scaling, seqused_k=view.lengths)
+        return flash(query[:, :, 0], *kv[:, view.rows].flatten(1, 2), *how)[0][:, None], None
+    keys, values = kv[:, view.rows, : view.reach].transpose(2, 3)  # each (B, Hkv, reach, head_dim)
     if query.shape[2] > 1:  # else the queries of a key head are stacked along t, so that no key is repeated
         keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
     q = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])
     out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attention_mask, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2), None
+
+
+def flash_works(model) -> bool:
+    """Whether flash attention runs, sees 0 in a row whose only value is 0, and 1/2 in a row of the values 1, 0."""
+    cache, ids = KVCache(model, 2, 2), torch.arange(2, device=model.device)
+    query = cache.kv.fill_(1).new_zeros(2, model.config.num_attention_heads, 1, cache.kv.shape[-1])
+    new, view = query[:, : cache.kv.shape[-2]], View(cache, slice(0, 2), ids, ids[:, None], 2, (ids + 1).int())
+    with contextlib.suppress(RuntimeError):
+        seen = attend(argparse.Namespace(layer_idx=0), query, new, new, None, scaling=1.0, oel_view=view)[0]
+        return (seen[:, 0, :, 0] - ids[:, None] / 2).abs().max().item() < 0.01
+    return False
 
 
 def pick(logits: torch.Tensor, key: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
@@ -868,9 +871,9 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     good = not cfg.experience or lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
     cfg.logs or getattr(make_game(cfg), "close", lambda: None)()  # raises now what is wrong with the game
-    files = list(filter(None, (cfg.logs, cfg.experience)))
-    files += [x for folder in filter(None, (cfg.model, cfg.extractor)) for x in Path(folder).glob("*.[sj]*")]
-    new = {**dataclasses.asdict(cfg), **{f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in files}}
+    files = [x for model in (cfg.model, cfg.extractor or cfg.model) for x in Path(model).glob("*.[sj]*")]
+    content = {f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in (cfg.logs, cfg.experience, *files) if f}
+    new = {**dataclasses.asdict(cfg), **content}
     try:  # an option that is newer than the run has its default
         old = {**new, **dataclasses.asdict(Config()), **json.loads((out / "config.json").read_text())}
     except (OSError, TypeError, ValueError, RecursionError):
@@ -977,10 +980,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description="Presets by model replace [defaults].", allow_abbrev=False)
     flags = {f: "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)}
     for f, flag in flags.items():
-        value = {"type": type(f.default), "choices": f.metadata["choices"]}
-        kind = {"action": argparse.BooleanOptionalAction} if value["type"] is bool else value
-        about = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=about, **kind)
+        parser.add_argument(flag, default=argparse.SUPPRESS, **f.metadata)
     typed = parser.parse_args(argv)
     name = Path(getattr(typed, "model", TINY)).name
     if name not in PRESETS:

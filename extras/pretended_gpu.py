@@ -45,6 +45,21 @@ def wide_mm(a, b, dtype, out=None):
     return product if out is None else out.copy_(product)
 
 
+def flash(query, key, value, _, key_starts, longest_query, longest, *options, scale, seqused_k):
+    """aten._flash_attention_forward of one query a row, which has no kernel for a CPU, with the conditions of CUDA's."""
+    (rows, heads, size), kinds = query.shape, [x.dtype for x in (key_starts, seqused_k)]
+    good = kinds == [torch.int32] * 2 and len(seqused_k) == rows == len(key_starts) - 1 and size % 8 == 0
+    if query.dtype not in (torch.bfloat16, torch.float16) or not good or longest_query > 1:
+        raise RuntimeError("FlashAttention does not take this")
+    there = torch.arange(longest)
+    keys, values = (x[key_starts[:-1, None] + there].transpose(1, 2) for x in (key, value))
+    mask = torch.zeros(rows, 1, 1, longest, dtype=query.dtype)
+    mask.masked_fill_((there >= seqused_k[:, None])[:, None, None], float("-inf"))
+    query = query.reshape(rows, key.shape[1], -1, size)
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+    return out.reshape(rows, heads, size), *torch.zeros(4)
+
+
 class Graph:
     """Stands in for torch.cuda.CUDAGraph."""
 
@@ -92,7 +107,7 @@ class PretendedGPU(TorchFunctionMode):
         super().__init__()
         self.sizes = {}  # memory on the GPU -> its bytes; all other memory is the host's
         self.memory, self.live, self.peak = memory, 0, 0
-        self.waits, self.unaligned, self.captures = Counter(), Counter(), 0
+        self.waits, self.unaligned, self.captures, self.flashes = Counter(), Counter(), 0, 0
         self.late = []  # copies to the host that have not arrived: (copy, what it will hold)
         self.graph, self.before = None, {}  # the graph that is being recorded; memory that it writes, as it was
 
@@ -150,7 +165,11 @@ class PretendedGPU(TorchFunctionMode):
                 raise RuntimeError(f"a graph reads memory of the host: {name}")
             self.remember(operation, args)
         known = {memory_of(t) for t in given}
-        result = wide_mm(*args, **kwargs) if name.startswith("aten.mm.dtype") else operation(*args, **kwargs)
+        if name.startswith("aten.mm.dtype"):
+            operation = wide_mm
+        if name.startswith("aten._flash_attention_forward"):
+            operation, self.flashes = flash, self.flashes + 1
+        result = operation(*args, **kwargs)
         fresh = [t for t in tensors_in(result) if memory_of(t) not in known]
         if here:
             for t in fresh:

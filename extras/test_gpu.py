@@ -11,6 +11,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import memory
 
+import extras.pretended_gpu
 import oel
 from extras.pretended_gpu import Graph, PretendedGPU
 from extras.testing import logs, make_samples, save_policy, small
@@ -31,16 +32,32 @@ def talks(policy) -> list:
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_the_sampler_says_the_same_on_a_gpu_and_never_waits_in_a_decode_step(folder, graphs):
-    """Catches: tensors of the host in a step, a copy read too early, .item(), a graph that reads what moved."""
-    policy = oel.load_policy(folder, CPU)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sampler_says_the_same_on_a_gpu_and_never_waits_in_a_decode_step(folder, dtype, graphs):
+    """Catches: tensors of the host in a step, a copy read too early, .item(), a graph that reads what moved; in bf16
+    also flash attention that is not used, or that reads a row too far or not far enough."""
+    policy = oel.load_policy(folder, CPU, dtype=dtype)
     how = {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size, "temperature": 0.7, "seed": 3, "rows": 3}
     expected = oel.drive(policy.model, talks(policy), **how)
     with PretendedGPU() as gpu:
-        policy = oel.load_policy(folder, gpu.device, dtype="float32")
+        policy = oel.load_policy(folder, gpu.device, dtype=dtype)
         gpu.waits.clear()
         assert oel.drive(policy.model, talks(policy), graphs=graphs, **how) == expected
-    assert not gpu.waits and (gpu.captures > 3) == graphs
+    flash = dtype == "bfloat16"
+    assert (gpu.flashes > 3) == flash and (gpu.captures > 3) == graphs
+    assert gpu.waits == {"flash_works: aten._local_scalar_dense.default": 1} if flash else not gpu.waits
+
+
+@pytest.mark.parametrize("wrong", [-1, +1])
+def test_flash_attention_that_disagrees_with_the_general_kernel_is_not_used(folder, monkeypatch, wrong):
+    """Catches: a kernel of another version of torch, which counts a row's tokens in another way, that is trusted."""
+    kernel = extras.pretended_gpu.flash
+    miscounts = lambda *args, seqused_k, **how: kernel(*args, seqused_k=seqused_k + wrong, **how)
+    monkeypatch.setattr(extras.pretended_gpu, "flash", miscounts)
+    with PretendedGPU() as gpu:
+        policy = oel.load_policy(folder, gpu.device)
+        oel.drive(policy.model, talks(policy), stop_ids=policy.stop_ids)
+    assert gpu.flashes == 1, "by the comparison alone"
 
 
 @pytest.mark.parametrize("offload", [False, True])
