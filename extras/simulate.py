@@ -12,9 +12,10 @@ and retires. But no model runs: a script says how long each reply is, and every 
   reply and 60. Prompts share the task, one of 19 boards, their own earlier turns, and the lessons of one list.
 - Memory: the cache gets --share of what is free, in oel.py two fifths. Free is what CUDA leaves (a guess), minus 6
   bytes a parameter (weights, float32 masters), in training 16 (teacher, AdamW's moments); with --offload, 2 and 4.
-- A decode step lasts as long as its traffic, at 70% of the nominal bandwidth (a guess): the weights, each row's keys
-  and values up to `reach`, about 150 bytes a logit to sample, 40 with a nucleus. It lasts 8.5 ms at least, or 2 in a
-  graph (guesses), for rows rounded up by a quarter at most. Capturing one adds 40 ms to a size's second step (a guess).
+- A decode step lasts as long as its traffic, at 70% of the nominal bandwidth (a guess): the weights, the keys and
+  values that a row holds (up to `reach` with --padded, for GPUs and dtypes without flash attention), about 150 bytes a
+  logit to sample, 40 with a nucleus. It lasts 8.5 ms at least, or 2 in a graph (guesses), for rows rounded up by a
+  quarter at most. Capturing a graph adds 40 ms to a size's second step (a guess).
 - A pass over prompts takes 2 FLOPs a parameter and token, padding too, at a guessed FLOP/s, then one reading of the
   weights; 8.5 ms at least. Gradients take 2 for 4 times the student's tokens (forward, again, and 2 backward) and
   once the teacher's, and 142 bytes a logit for the KL. Attention is left out; the head counts for too many tokens.
@@ -62,19 +63,24 @@ class Simulated(oel.Sampler):
         cache.used[rows] = used  # with the token that follows, the reply has used - prompt_len + 1
         planned = self.lengths[cache.noise[rows] % 4096]  # the noise key is as good as random
         cache.token[rows] = torch.where(used - cache.prompt_len[rows] + 1 == planned, STOP, 0)
-        made = self.steps if isinstance(rows, slice) else self.prefills
-        made.append((cache.length, len(cache.token), reach, *ids.shape))
+        if isinstance(rows, slice):
+            filled = (used + 1).clamp(max=cache.length).float().mean().item()  # tokens in a row, on average
+            self.steps.append((cache.length, len(cache.token), reach, len(ids), filled))
+        else:
+            self.prefills.append(ids.shape)
 
-    def seconds(self, card: Card, phase: str, graphs: bool) -> float:
+    def seconds(self, card: Card, phase: str, graphs: bool, padded: bool) -> float:
         """What the recorded passes take on a card, where a decode step of each size of each cache has its graph."""
-        logit, total = 150 if phase in ("games to train on", "training") else 40, 0.0
-        traffic = lambda rows, reach: 2 * PARAMETERS + rows * (reach * TOKEN_BYTES + VOCABULARY * logit)  # bytes
+        logit, total, seen = 150 if phase in ("games to train on", "training") else 40, 0.0, Counter()
+        traffic = lambda rows, tokens: 2 * PARAMETERS + rows * (tokens * TOKEN_BYTES + VOCABULARY * logit)  # bytes
         fit = lambda n, capacity: min(oel.round_up(n, 1 << max(n.bit_length() - 3, 0)), capacity) if graphs else n
-        sizes = Counter((length, reach, fit(rows, capacity)) for length, capacity, reach, rows, _ in self.steps)
-        for (_, reach, rows), n in sizes.items():
-            t, eager = traffic(rows, reach) / card.bandwidth, 1 if graphs else n
-            total += eager * max(EAGER, t) + (n - eager) * max(GRAPH, t) + CAPTURE * (graphs and n > 1)
-        for *_, rows, tokens in self.prefills:
+        for length, capacity, reach, rows, filled in self.steps:
+            size = length, reach, fit(rows, capacity)
+            seen[size] += 1
+            shortest = GRAPH if graphs and seen[size] > 1 else EAGER
+            total += max(shortest, traffic(size[2], reach if padded else filled) / card.bandwidth)
+            total += CAPTURE * (graphs and seen[size] == 2)
+        for rows, tokens in self.prefills:
             total += max(EAGER, 2 * PARAMETERS * rows * tokens / card.flops + traffic(rows, 0) / card.bandwidth)
         return total
 
@@ -139,13 +145,13 @@ def simulate(cfg, card: Card, phase: str, mean: float, share: float, seed: int) 
     return sampler
 
 
-def forecast(cfg, card: Card, mean: float, share: float, steps: int) -> dict[str, list[float]]:
+def forecast(cfg, card: Card, mean: float, share: float, steps: int, padded=False) -> dict[str, list[float]]:
     """Seconds of all in a round, eager and with graphs, and their sum in minutes. `steps` of training are run."""
     table = {}
     for phase in PHASES:
         n, scale = (steps, cfg.steps / steps) if phase == "training" else (1, 1)
         runs = [simulate(cfg, card, phase, mean, share, seed) for seed in range(n)]
-        table[phase] = [scale * sum(x.seconds(card, phase, how) for x in runs) for how in (False, True)]
+        table[phase] = [scale * sum(x.seconds(card, phase, how, padded) for x in runs) for how in (False, True)]
         if phase == "training":
             table["gradients"] = [scale * sum(x.gradient_seconds(cfg, card) for x in runs)] * 2
     table["optimizer"] = [cfg.steps * PARAMETERS * (24 / 25e9 + 2 / 8e9 if card.offload else 30 / card.bandwidth)] * 2
@@ -158,9 +164,10 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=600, help="mean length of a reply in a game [%(default)s]")
     parser.add_argument("--share", type=float, default=0.4, help="of free memory, for the cache [%(default)s]")
     parser.add_argument("--steps", type=int, default=1, choices=range(1, 21), metavar="N", help="of 20 [%(default)s]")
+    parser.add_argument("--padded", action="store_true", help="read each row as far as the longest")
     args = parser.parse_args()
     cfg = oel.parse_args(["--model", "Qwen/Qwen3-1.7B"])
-    columns = [forecast(cfg, CARDS[card], args.mean, args.share, args.steps) for card in args.card]
+    columns = [forecast(cfg, CARDS[card], args.mean, args.share, args.steps, args.padded) for card in args.card]
     print(f"{'forecast in seconds':22}", *(f"{x + how:>12}" for x in args.card for how in (" eager", " graphs")))
     for name in columns[0]:
         print(f"{name:22}", *(f"{x:12.1f}" for column in columns for x in column[name]))

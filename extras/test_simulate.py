@@ -32,6 +32,13 @@ def test_every_reply_ends_at_its_scripted_length(phase):
         assert len(reply.response_ids) == lengths[oel.derive_seed(3, i, turn) % len(lengths)]
 
 
+def test_rows_that_are_read_as_far_as_they_are_filled_take_less_time():
+    slow = card(400_000)._replace(bandwidth=1e10)
+    how = {"mean": 60, "share": 1, "steps": 1}
+    found = [simulate.forecast(CFG, slow, **how, padded=x)["minutes of a round"] for x in (True, False)]
+    assert all(padded > by_row for padded, by_row in zip(*found, strict=True))
+
+
 def test_more_memory_and_graphs_never_take_longer_and_the_parts_add_up():
     tables = [simulate.forecast(CFG, card(n), mean=60, share=1, steps=1) for n in (1_000, 8_000, 400_000)]
     minutes = [table.pop("minutes of a round") for table in tables]
