@@ -809,9 +809,9 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
     kv, view = oel_view.cache.kv[:, module.layer_idx], oel_view  # (2, R, length, Hkv, head_dim)
     for old, new in zip(kv, (key, value), strict=True):  # each new (B, Hkv, t, head_dim)
         old[view.row_ids[:, None], view.positions] = new.transpose(1, 2)
-    if view.lengths is not None:  # flash attention, in decode on a GPU, reads each row only as far as it is filled
-        queries = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # where those of a row start
-        how = (queries, queries * kv.shape[2], 1, view.reach, 0.0, False, False)  # 1: the most queries in a row
+    if view.lengths is not None:  # in decode on a GPU flash attention reads each row only as far as it is filled
+        first = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # where each row's query is
+        how = (first, first * kv.shape[2], 1, view.reach, 0.0, False, False)  # where its keys are; most in a row
         flash = functools.partial(torch.ops.aten._flash_attention_forward, scale=scaling, seqused_k=view.lengths)
         return flash(query[:, :, 0], *kv[:, view.rows].flatten(1, 2), *how)[0][:, None], None
     keys, values = kv[:, view.rows, : view.reach].transpose(2, 3)  # each (B, Hkv, reach, head_dim)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oel
+from extras.pretended_gpu import PretendedGPU
 
 
 def parts(cfg, half: bool) -> dict[str, float]:
@@ -52,7 +53,7 @@ def parts(cfg, half: bool) -> dict[str, float]:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operations that are no views: about as many kernels run on a GPU."""
+    """Counts the operations that are no views. A GPU, here a pretended one, runs about as many kernels."""
 
     count, views = (
         0,
@@ -88,11 +89,11 @@ def decode_step(cfg) -> tuple[int, int, int]:
     def reply():
         yield oel.Request([1, 2, 3], 3)
 
-    with torch.inference_mode():
+    with PretendedGPU() as gpu, torch.inference_mode():
         oel.AttentionInterface.register("oel", oel.attend)
         model.set_attn_implementation("oel")
         how = {"stop_ids": (), "temperature": cfg.temperature}
-        Counted(model, [reply()], oel.tqdm(disable=True), **how).run()
+        Counted(model.to(gpu.device), [reply()], oel.tqdm(disable=True), **how).run()
     return Counted.kernels, weights, token
 
 
