@@ -244,7 +244,7 @@ def export(model, tokenizer, folder: Path, scratch: Path) -> None:
     """The policy in Hugging Face format, in bf16, each file replaced whole."""
     shutil.rmtree(scratch, ignore_errors=True)
     half = copy.deepcopy(model).to(torch.bfloat16)
-    half.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)  # for GPUs, whose products like such sizes
+    half.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)  # GPUs like such sizes
     half.get_input_embeddings().weight.data[len(tokenizer) :] = 0
     half.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
