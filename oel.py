@@ -173,7 +173,7 @@ def run(cfg: Config) -> list[dict]:
 
 
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
-    """What round r plays in each phase, and how it samples. No two phases or rounds share levels, but held-out ones."""
+    """What round r plays in each phase, and how it samples. No phases or rounds share levels, but held-out ones."""
     levels = (lambda *_: []) if cfg.logs else importlib.import_module("envs").level_seeds  # logs: nothing is played
     n, seed = cfg.steps * cfg.batch_episodes, functools.partial(derive_seed, cfg.seed)
     k = 0 if cfg.experience or cfg.context == "none" else cfg.episodes  # 0: no lessons are extracted
@@ -421,10 +421,10 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
     """KL(student || teacher) at N positions, in nats and exact over V, and the gradients of its sum (Eq. 2).
 
     Takes hidden states (N, D), heads (V, D) and the sampling temperature. Returns the KL (N,) and its gradients by hs
-    (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student).
-    For reverse, with p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j,
-    and its gradient by the student's logits p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL agree in
-    almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
+    (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student). For reverse, with
+    p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j, and its gradient
+    by the student's logits p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL agree in almost all
+    digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
     require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
@@ -597,7 +597,7 @@ def find_device(name: str = "") -> torch.device:
 
 # --- the sampler ------------------------------------------------------------------------------------------
 Job = namedtuple("Job", "owner turn request ids")  # index of the generator, and of its request; ids: the reply so far
-View = namedtuple("View", "cache rows row_ids positions reach lengths")  # what attend writes and reads
+View = namedtuple("View", "cache rows row_ids positions reach lengths")  # for attend; lengths may be None
 
 
 def sample(model, prompt_ids: list[list[int]], *, max_new_tokens: int, **options) -> list[Response]:
@@ -657,7 +657,7 @@ class Sampler:
         return self.results
 
     def advance(self, owner: int, turn: int, response: Response | None) -> None:
-        """Send a generator its response (None starts it). A first request goes to the end of the line, others in front."""
+        """Send a generator its response (None starts it). Its first request waits in the back, later ones in front."""
         try:
             request = self.generators[owner].send(response)
         except StopIteration as stop:
@@ -725,7 +725,7 @@ class Sampler:
                 self.rows[gap] = last
 
     def prefill(self, assigned: list[tuple[int, int, int]]) -> None:
-        """Run prompts, each (tokens to run, tokens copied, row), in passes of like length; sample their first tokens."""
+        """Run prompts, each (tokens to run, copied, row), in passes of like length; sample their first tokens."""
         cache, device, assigned = self.cache, self.model.device, sorted(assigned)
         while assigned:
             lengths = np.array(assigned)[:, 0]  # rising
@@ -773,7 +773,7 @@ class Sampler:
         positions = (start[:, None] + torch.arange(t, device=device)).clamp(max=cache.length - 1)  # (B, t)
         later = torch.arange(reach, device=device) > positions[:, None, :, None]
         mask = torch.where(later, -math.inf, later.new_zeros((), dtype=self.model.dtype))  # (B, 1, t, reach)
-        lengths = (positions[:, 0] + 1).int() if self.flash and isinstance(rows, slice) else None  # (B,)
+        lengths = (positions[:, 0] + 1).int() if self.flash and isinstance(rows, slice) else None  # (B,), in decode
         view = View(cache, rows, torch.arange(len(cache.token), device=device)[rows], positions, reach, lengths)
         how = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
         hidden = self.model.get_decoder()(input_ids=ids, **how, oel_view=view)[0]  # (B, t, D), by way of attend
@@ -810,8 +810,8 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
     for old, new in zip(kv, (key, value), strict=True):  # each new (B, Hkv, t, head_dim)
         old[view.row_ids[:, None], view.positions] = new.transpose(1, 2)
     if view.lengths is not None:  # in decode on a GPU flash attention reads each row only as far as it is filled
-        first = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # where each row's query is
-        how = (first, first * kv.shape[2], 1, view.reach, 0.0, False, False)  # where its keys are; most in a row
+        starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # where each row's query is
+        how = (starts, starts * kv.shape[2], 1, view.reach, 0.0, False, False)  # its first key; most of both in a row
         flash = functools.partial(torch.ops.aten._flash_attention_forward, scale=scaling, seqused_k=view.lengths)
         return flash(query[:, :, 0], *kv[:, view.rows].flatten(1, 2), *how)[0][:, None], None
     keys, values = kv[:, view.rows, : view.reach].transpose(2, 3)  # each (B, Hkv, reach, head_dim)
@@ -823,7 +823,7 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
 
 
 def flash_works(model) -> bool:
-    """Whether flash attention runs, sees 0 in a row whose only value is 0, and 1/2 in a row of the values 1, 0."""
+    """Whether flash attention runs, and finds 0 in a row with one value, 0, and 1/2 in a row with two, 1 and 0."""
     cache, ids = KVCache(model, 2, 2), torch.arange(2, device=model.device)
     query = cache.kv.fill_(1).new_zeros(2, model.config.num_attention_heads, 1, cache.kv.shape[-1])
     new, view = query[:, : cache.kv.shape[-2]], View(cache, slice(0, 2), ids, ids[:, None], 2, (ids + 1).int())

@@ -45,21 +45,6 @@ def wide_mm(a, b, dtype, out=None):
     return product if out is None else out.copy_(product)
 
 
-def flash(query, key, value, _, key_starts, longest_query, longest, *options, scale, seqused_k):
-    """aten._flash_attention_forward of one query a row, which has no kernel for a CPU, with the conditions of CUDA's."""
-    (rows, heads, size), kinds = query.shape, [x.dtype for x in (key_starts, seqused_k)]
-    good = kinds == [torch.int32] * 2 and len(seqused_k) == rows == len(key_starts) - 1 and size % 8 == 0
-    if query.dtype not in (torch.bfloat16, torch.float16) or not good or longest_query > 1:
-        raise RuntimeError("FlashAttention does not take this")
-    there = torch.arange(longest)
-    keys, values = (x[key_starts[:-1, None] + there].transpose(1, 2) for x in (key, value))
-    mask = torch.zeros(rows, 1, 1, longest, dtype=query.dtype)
-    mask.masked_fill_((there >= seqused_k[:, None])[:, None, None], float("-inf"))
-    query = query.reshape(rows, key.shape[1], -1, size)
-    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
-    return out.reshape(rows, heads, size), *torch.zeros(4)
-
-
 class Graph:
     """Stands in for torch.cuda.CUDAGraph."""
 
@@ -84,6 +69,26 @@ def hidden():
     """Operations that the pretended GPU does itself, and so does not look at."""
     with _disable_current_modes(), torch.inference_mode(torch.is_inference_mode_enabled()):
         yield
+
+
+def flash(query, key, value, starts, key_starts, longest_query, longest, dropout, *masks, scale, seqused_k):
+    """aten._flash_attention_forward of one query a row, which has no kernel for a CPU, with the conditions of CUDA's."""
+    (rows, heads, size), numbers = query.shape, (starts, key_starts, seqused_k)
+    good = {query.dtype, key.dtype, value.dtype} in ({torch.bfloat16}, {torch.float16})
+    good &= all(x.dtype == torch.int32 and x.is_contiguous() for x in numbers) and size % 8 == 0 and size <= 256
+    good &= [len(x) for x in numbers] == [rows + 1, rows + 1, rows] and heads % key.shape[1] == 0
+    good &= all(x.stride(-1) == 1 for x in (query, key, value)) and not (longest_query > 1 or dropout or any(masks))
+    if not good:
+        raise RuntimeError("FlashAttention does not take this")
+    with hidden(), torch._C.DisableTorchFunction():
+        assert starts.tolist() == [*range(rows + 1)] and key_starts[-1] <= len(key), "the kernel does not check this"
+    there = torch.arange(longest)
+    keys, values = (x[key_starts[:-1, None] + there].transpose(1, 2) for x in (key, value))
+    mask = torch.zeros(rows, 1, 1, longest, dtype=query.dtype)
+    mask.masked_fill_((there >= seqused_k[:, None])[:, None, None], float("-inf"))
+    query = query.reshape(rows, key.shape[1], -1, size)
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+    return out.reshape(rows, heads, size), *torch.zeros(4)
 
 
 class Operations(TorchDispatchMode):

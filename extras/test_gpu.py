@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,24 @@ def test_the_sampler_says_the_same_on_a_gpu_and_never_waits_in_a_decode_step(fol
     flash = dtype == "bfloat16"
     assert (gpu.flashes > 3) == flash and (gpu.captures > 3) == graphs
     assert gpu.waits == {"flash_works: aten._local_scalar_dense.default": 1} if flash else not gpu.waits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a real GPU is needed")
+def test_flash_attention_is_that_of_the_general_kernel_on_a_real_gpu():
+    """Catches: another scale, another order of heads, or keys of long rows that are left out."""
+    config = SimpleNamespace(num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    cache, lengths = oel.KVCache(model, 4, 4096), torch.tensor([1, 300, 2047, 4096], device="cuda")
+    cache.kv.normal_()
+    query, new = (torch.randn(4, heads, 1, 128, dtype=torch.bfloat16, device="cuda") for heads in (16, 8))
+    ids = torch.arange(4096, device="cuda")
+    mask = torch.where(ids < lengths[:, None], 0.0, -torch.inf).bfloat16()[:, None, None]
+    outs = []
+    for given in (None, lengths.int()):
+        view = oel.View(cache, slice(0, 4), ids[:4], lengths[:, None] - 1, 4096, given)
+        layer = SimpleNamespace(layer_idx=0)
+        outs.append(oel.attend(layer, query, new, new, mask, scaling=128**-0.5, oel_view=view)[0].float())
+    assert oel.flash_works(model) and (outs[0] - outs[1]).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("wrong", [-1, +1])
