@@ -166,6 +166,13 @@ def test_a_step_of_distillation_hardly_waits(folder):
     assert sum(gpu.waits.values()) <= len(batches), f"more than a check of the library for each batch: {gpu.waits}"
 
 
+def test_cudnn_attention_is_off(folder):
+    """Catches: attention of cuDNN, which torch prefers on new GPUs, and which makes a plan for every new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    oel.load_policy(folder, CPU)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_where_no_graph_can_be_captured_steps_run_as_they_are(folder, monkeypatch, caplog):
     """Catches: a GPU or model without graphs on which nothing runs, or that is warned of in every step."""
     policy = oel.load_policy(folder, CPU)
