@@ -811,7 +811,7 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
         old[view.row_ids[:, None], view.positions] = new.transpose(1, 2)
     if view.lengths is not None:  # in decode on a GPU flash attention reads each row only as far as it is filled
         starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # where each row's query is
-        how = (starts, starts * kv.shape[2], 1, view.reach, 0.0, False, False)  # its first key; most of both in a row
+        how = (starts, starts * kv.shape[2], 1, view.reach, 0.0, False, False)  # where its keys start; most of each
         flash = functools.partial(torch.ops.aten._flash_attention_forward, scale=scaling, seqused_k=view.lengths)
         return flash(query[:, :, 0], *kv[:, view.rows].flatten(1, 2), *how)[0][:, None], None
     keys, values = kv[:, view.rows, : view.reach].transpose(2, 3)  # each (B, Hkv, reach, head_dim)
@@ -871,7 +871,7 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     good = not cfg.experience or lessons and "\ufffd" not in lessons
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
     cfg.logs or getattr(make_game(cfg), "close", lambda: None)()  # raises now what is wrong with the game
-    files = [x for model in (cfg.model, cfg.extractor or cfg.model) for x in Path(model).glob("*.[sj]*")]
+    files = [x for model in {cfg.model, cfg.extractor or cfg.model} for x in Path(model).glob("*.[sj]*")]
     content = {f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in (cfg.logs, cfg.experience, *files) if f}
     new = {**dataclasses.asdict(cfg), **content}
     try:  # an option that is newer than the run has its default
