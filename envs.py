@@ -7,7 +7,7 @@
     won -> bool                        whether the episode was won
 
 and, if it likes, `task` (what the player is told to do), `invalid_moves` (how many were refused), and what the
-evaluation probes: class methods `unseen()`, a harder variant, and `renamed(seed)`, the same game with other
+evaluation probes: class methods `unseen()`, boards of other sizes, and `renamed(seed)`, the same game with other
 letters, whose `rules()` say what they mean. Dynamics are checked against TextArena's games of these names.
 """
 
@@ -77,7 +77,7 @@ class GridGame:
 
     @classmethod
     def renamed(cls, seed: int, strict: bool = False):
-        """The same game with letters that it does not use itself, drawn by the seed."""
+        """The same game with letters that it does not use itself, at most three a thing, drawn by the seed."""
         rng, used = random.Random(seed), "".join(own for _, own in cls.things)
         letters = sorted([x for x in LETTERS if x not in used], key=lambda _: rng.random())
         return cls(**{thing: "".join(letters.pop() for _ in own[:3]) for thing, own in cls.things}, strict=strict)

@@ -9,7 +9,7 @@ A language model is deployed, plays, and forgets. Here it learns from what it sa
         consolidate(policy, logs, experiences)             # 3. The lessons go into its weights.
         evaluate(policy, held-out levels)
 
-Extraction (section 2 of the paper) folds a list of lessons over trajectories tau_1, tau_2, ... It starts empty:
+Extraction (section 2 of the paper) reads tau_1, tau_2, ... in turn and grows a list of lessons, at first empty:
 
     E_i = truncate(E_{i-1} + extract(tau_i, E_{i-1}))      (Eq. 1; without --previous, extract(tau_i) alone)
 
@@ -20,7 +20,7 @@ experience e. The teacher, the same model frozen at the start of the round, scor
 
 The mean is over all response tokens of a step. Both logits are divided by the temperature. Sampling has no gradient.
 
-Shapes: B batch, T sequence, t its new tokens, V vocabulary, D width, N response tokens of a batch, R cache rows.
+Shapes: B batch, T sequence, t its tokens that a pass runs, V vocabulary, D width, N response tokens, R cache rows.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def option(default, help: str, choices: tuple | None = None):
 
 @dataclasses.dataclass
 class Config:
-    """The options of the command line. The defaults: the paper's for Qwen3-1.7B, and an exact KL."""
+    """The options of the command line. The defaults: the paper's for Qwen3-1.7B, but 3 rounds and an exact KL."""
 
     model: str = option(str(TINY), "hub name or folder of the policy")
     env: str = option("frozenlake", "frozenlake, biglake, sokoban, or a class of your own as FILE.py:CLASS")
@@ -78,7 +78,7 @@ class Config:
     reply_limit: int = option(1024, "new tokens in one reply, at most")
     max_turns: int = option(1000, "turns after which an episode is stopped")
     temperature: float = option(0.7, "temperature of every sample, and of both sides of the KL (section 4.1)")
-    top_p: float = option(0.8, "nucleus, except in the games to train on and in training")
+    top_p: float = option(0.8, "nucleus of every sample but the games to train on and training, which use all tokens")
     top_k: int = option(20, "tokens to choose from, in the same phases as --top-p; 0: all")
     strict: bool = option(False, "look for actions behind </think> only; not for models that write none")
     lists: int = option(10, "independently sampled lists of lessons a round")
@@ -89,7 +89,7 @@ class Config:
     experience_budget: int = option(2048, "most tokens in a list of lessons, and of one extraction's reply")
     experience: str = option("", "file of lessons to consolidate; then none are extracted")
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
-    context: str = option("items", "teacher sees the lessons, raw logs, or nothing", ("items", "raw", "none"))
+    context: str = option("items", "teacher sees the lessons (items), raw logs, or nothing", ("items", "raw", "none"))
     distill: str = option("on-policy", "who replies: the student, or the teacher", ("on-policy", "off-policy"))
     kl: str = option("reverse", "direction of the KL", ("reverse", "forward"))
     steps: int = option(20, "optimizer steps a round")
@@ -173,7 +173,7 @@ def run(cfg: Config) -> list[dict]:
 
 
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
-    """What round r plays in each phase, and how it samples. No phases or rounds share levels, but held-out ones."""
+    """What round r plays in each phase, and how. Phases and rounds share no level, but all evaluate on the same."""
     levels = (lambda *_: []) if cfg.logs else importlib.import_module("envs").level_seeds  # logs: nothing is played
     n, seed = cfg.steps * cfg.batch_episodes, functools.partial(derive_seed, cfg.seed)
     k = 0 if cfg.experience or cfg.context == "none" else cfg.episodes  # 0: no lessons are extracted
@@ -198,17 +198,17 @@ def play_round(policy: Policy, cfg: Config, r: int, out: Path) -> None:
             measure(policy, cfg, r, step, out, began)
 
     if not gather((folder / "model").exists())[0]:  # process 0 decides: another machine may see a new file late
-        # 1. and 2. Play the extraction levels, and write lists of lessons about what happened.
+        # 1. and 2. Play, and write lists of lessons. `recorded` runs a stage, or reads what it wrote before.
         played = recorded(folder / "trajectories.jsonl", deploy, policy, cfg, plan["games to extract from"])
         lists = None  # --context none: a control without lessons
         if cfg.context != "none":
             lists = recorded(folder / "experience", extract, policy, cfg, played, plan["extraction"])
-            recorded(folder / "in_context.jsonl", deploy, policy, cfg, plan["probes"], lists)
+            recorded(folder / "in_context.jsonl", deploy, policy, cfg, plan["probes"], lists)  # a metric
         # 1. again. Play other levels; each of their prompts will be trained on once.
         logs = recorded(folder / "logs.jsonl", deploy, policy, cfg, plan["games to train on"])
         complete = len(logs) == cfg.steps * cfg.batch_episodes and all(x.strip() for x in lists or [])
         require(complete, f"{folder}: logs.jsonl or experience/ was cut: remove it, and it is made again")
-        # 3. Train until the policy plays without the lessons as it would with them.
+        # 3. Train towards playing without the lessons as the policy did with them, for `cfg.steps` steps.
         consolidate(policy, cfg, logs, lists, plan["training"], folder / "state/step.pt", on_step)
         save_model(folder / "model", policy)
     shutil.rmtree(folder / "state", ignore_errors=True)
@@ -308,13 +308,13 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8-sig").strip()]
     limit = {"budget": cfg.experience_budget, "count_tokens": policy.count_tokens}  # not the extractor's tokens
-    if cfg.extractor:
+    if cfg.extractor and cfg.context != "raw":
         policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=None)
-    size = math.ceil(len(trajectories) / cfg.lists)  # `phases` repeats the levels, so each share has them all
+    size = math.ceil(len(trajectories) / cfg.lists)  # games: each share has every level
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
         lists = [prompts.raw_experience(x, cfg.reasoning, **limit) for x in shares]
-    else:  # --previous: one chain a list, in sequence. Else one an episode, all at once, and then joined to lists.
+    else:  # A chain is read in turn: with --previous a whole share, else a single trajectory.
         chains, n = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # n chains make a list
         folds = [lesson_list(policy, cfg, chain) for chain in chains]
         parts = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
@@ -325,7 +325,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
 
 
 def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
-    """Fold one list of lessons over trajectories (Eq. 1), as a generator. The list starts empty."""
+    """Grow a list of lessons, at first empty, from trajectories in turn (Eq. 1), as a generator."""
     experience, budget = "", cfg.experience_budget
     for trajectory in trajectories:
         message = prompts.extraction_prompt(trajectory, experience if cfg.previous else "", cfg.form, cfg.reasoning)
@@ -338,7 +338,7 @@ def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
 # --- consolidate: the only part that changes weights ------------------------------------------------------
 def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=None, on_step=lambda *_: None):
     """Distil the lists into the policy's weights (Eq. 2); `experiences` None is a control. A step takes the next
-    `cfg.batch_episodes` logs. `state`: file to resume from. FloatingPointError if a step's loss is not finite."""
+    `cfg.batch_episodes` logs. `state`: file to resume from. FloatingPointError if a step is not finite."""
     teacher = copy.deepcopy(policy.model).requires_grad_(False).eval()  # the policy with which the round began
     optimizer = torch.optim.AdamW(policy.master, cfg.lr, (0.9, 0.999), cfg.adam_eps, cfg.weight_decay, fused=True)
     policy.model.train()  # checkpointing needs training mode; these models have no dropout
@@ -378,7 +378,7 @@ def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step
     rng, pairs = np.random.default_rng(derive_seed(phase.seed, step)), []
     for log in logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]:
         for x in (turn["prompt"] for turn in log["turns"]):
-            told = experiences is not None and not log.get("anchor")  # a control or an anchor: both read the same
+            told = experiences is not None and not log.get("anchor")  # else both models read the same prompt
             e_x = prompts.with_experience(x, experiences[rng.integers(len(experiences))]) if told else x
             pairs.append((policy.encode(x), policy.encode(e_x)))
     prompt_ids, teacher_ids = map(list, zip(*pairs, strict=True))
@@ -396,7 +396,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     batches, losses = micro_batches(samples, cfg.micro_tokens), [torch.zeros((), device=student.device)]
     for batch in batches[RANK::WORLD]:
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A prefix that all share runs once. A control or an anchor runs like the student: KL 0.
+        # 1. The teacher. A shared prefix runs once. Untold, it runs like the student: equal weights give a KL of 0.
         shared = len(batch) > 1 and teacher_ids != prompt_ids
         prefix = prompts.common_prefix([x[:-1] for x in teacher_ids]) if shared else 0  # one id is left to run
         with torch.no_grad():
@@ -422,9 +422,9 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
 
     Takes hidden states (N, D), heads (V, D) and the sampling temperature. Returns the KL (N,) and its gradients by hs
     (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student). For reverse, with
-    p = softmax(hs ws' / tau), q = softmax(ht wt' / tau), d = log p - log q, the KL is sum_j p_j d_j, and its gradient
-    by the student's logits p_j (d_j - KL) / tau. When one p_j is nearly 1, its d_j and the KL agree in almost all
-    digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
+    p = softmax(hs ws.T / temperature), q that of the teacher, and d = log p - log q, the KL is sum_j p_j d_j, and its
+    gradient by the student's logits p_j (d_j - KL) / temperature. When one p_j is nearly 1, its d_j and the KL agree
+    in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
     require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
     kl, hidden_grad = [], torch.empty_like(hs)
@@ -432,9 +432,9 @@ def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk
     # The (N, V) logits never exist at once: n positions at a time, in three (n, V) buffers, work, log_p and log_q.
     # To save memory each is overwritten: work by the logits, d and the gradient, log_p by p, log_q by q or p * d.
     buffers = torch.empty(3, min(chunk, len(hs)), len(ws), dtype=exact, device=hs.device)
-    # In bf16, products and then gradients use one more, whose rows are aligned. On CUDA products are float32.
+    # In float32 `products` and `grads` are `work` itself; in bf16 both are one more buffer, with aligned rows.
     space = buffers[0] if hs.dtype == exact else buffers.new_empty(len(buffers[0]), round_up(len(ws), 64))
-    wide = {"out_dtype": exact} if hs.is_cuda and hs.dtype != exact else {}
+    wide = {"out_dtype": exact} if hs.is_cuda and hs.dtype != exact else {}  # float32 products
     grads, products = (space.view(kind)[:, : len(ws)] for kind in (hs.dtype, exact if wide else hs.dtype))
     for start in range(0, len(hs), chunk):
         rows = slice(start, start + chunk)
@@ -657,7 +657,7 @@ class Sampler:
         return self.results
 
     def advance(self, owner: int, turn: int, response: Response | None) -> None:
-        """Send a generator its response (None starts it). Its first request waits in the back, later ones in front."""
+        """Send a generator its response (None starts it). Its first request waits in the back, others in front."""
         try:
             request = self.generators[owner].send(response)
         except StopIteration as stop:
@@ -669,7 +669,7 @@ class Sampler:
         self.row_len = max(self.row_len, round_up(len(request.prompt_ids) + request.max_new_tokens, 256))
 
     def admit(self) -> None:
-        """Have up to `max_rows` generators started. Prefill once over 1/8 of the rows are free, or enough for all."""
+        """Have up to `max_rows` generators started. Prefill once over 1/8 of the rows are free or all can start."""
         used = sum(job is not None for job in self.rows)
         while self.unstarted and used + len(self.waiting) < self.max_rows:
             self.advance(self.unstarted.popleft(), 0, None)
@@ -835,7 +835,7 @@ def flash_works(model) -> bool:
 
 def pick(logits: torch.Tensor, key: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
     """Sample a token for each row: logits (B, V), key (B,) -> ids (B,). Top-k comes before top-p.
-    The Gumbel trick: the argmax of logits / T + noise samples the softmax; the noise is a hash of (key, token)."""
+    The Gumbel trick: the argmax of logits + noise samples their softmax; the noise is a hash of (key, token)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature

@@ -1,4 +1,4 @@
-"""Every sentence the method adds to what the model reads, and the parsers of what it writes. Pure strings.
+"""Every sentence the method adds to what the model reads, the parsers of what it writes, and text as token ids.
 
 deploy       play_prompt(task, observations)                      one user message a turn
 extract      extraction_prompt(trajectory, previous, ...)         one user message an episode
@@ -71,7 +71,7 @@ def extraction_prompt(trajectory: dict, previous="", form="items", reasoning: bo
 
 def parse_lessons(reply: str, form: str = "items") -> str:
     """The lessons in an extractor's reply, a line each; "" if there are none. An item is what follows a marker, up to
-    the next one or the end of the line. Free-form lessons are all lines that have a word. The placeholder is none."""
+    the next one or the end of the line. Free-form lessons are all lines that have a word. A bare <lesson> is none."""
     if form == "free":
         lines = (line.strip() for line in answer(reply).splitlines())
         return "\n".join(line for line in lines if not re.fullmatch(r"\W*|<think>|```\w*", line))
@@ -123,7 +123,7 @@ def chat_turns(messages) -> list[dict]:
             if turns:
                 turns[-1]["feedback"] = "\n\n".join([turns[-1]["feedback"], text]).strip()
         else:
-            raise ValueError(f"message {i}: {message['role']!r} is not system, user, assistant or tool")
+            raise ValueError(f"message {i}: {message['role']!r} is not system, developer, user, assistant or tool")
     return turns
 
 
