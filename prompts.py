@@ -110,15 +110,15 @@ def parse_log(line: str | bytes) -> dict:
 
 
 def chat_turns(messages) -> list[dict]:
-    """The turns of a chat. A prompt is all that others than the assistant have said, feedback what they say next."""
+    """The turns of a chat. A prompt is all that was said but replies (a greeting is none); then comes feedback."""
     said, turns = [], []
     for i, message in enumerate(checked(messages, ("role",), "message"), 1):
         text = message_text(message, f"message {i}")
         if sum(map(len, said)) > 1_000_000:  # each prompt repeats all that was said before
             raise ValueError(f"message {i}: the chat is longer than a million characters; split it")
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and said:
             turns.append({"prompt": "\n\n".join(said), "response": text, "feedback": ""})
-        elif message["role"] in ("system", "developer", "user", "tool"):
+        elif message["role"] in ("system", "developer", "user", "tool", "assistant"):
             said.append(text)
             if turns:
                 turns[-1]["feedback"] = "\n\n".join([turns[-1]["feedback"], text]).strip()

@@ -276,6 +276,15 @@ def test_no_turn_of_a_log_is_without_a_prompt():
         prompts.parse_log(json.dumps(log))
 
 
+def test_a_chat_may_begin_with_a_greeting():
+    """Catches: a whole file refused because an assistant spoke first, or a greeting that is trained on as a reply."""
+    talk = [("assistant", "Tea or coffee?"), ("user", "The second."), ("assistant", "Here it is."), ("user", "Cold!")]
+    (turn,) = prompts.chat_turns([{"role": role, "content": text} for role, text in talk])
+    assert turn == {"prompt": "Tea or coffee?\n\nThe second.", "response": "Here it is.", "feedback": "Cold!"}
+    with pytest.raises(ValueError, match="no turn"):
+        prompts.parse_log(json.dumps({"messages": [{"role": "assistant", "content": "Hello?"}]}))
+
+
 def test_a_chat_too_long_to_read_is_refused_at_once():
     """Catches: prompts that repeat all that was said, of a chat of thousands of turns: minutes and gigabytes."""
     turns = [{"role": role, "content": "Well, hello there. " * 30} for role in ("user", "assistant")]
