@@ -105,7 +105,7 @@ print(f"reverse KL of this reply: {before:.3f} nats before the step, {after:.3f}
 # %% [markdown]
 # ## 6. The same board again
 #
-# One step on one reply does not settle it. `consolidate` takes two dozen steps, each on fresh replies to
+# One step on one reply does not settle it. `consolidate` takes a dozen steps, each on fresh replies to
 # many boards. Here are eight replies a step, all to the same board, with what each step's first reply says about `H`.
 
 # %%
