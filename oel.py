@@ -308,13 +308,13 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8-sig").strip()]
     limit = {"budget": cfg.experience_budget, "count_tokens": policy.count_tokens}  # not the extractor's tokens
-    if cfg.extractor and cfg.context != "raw":
-        policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=None)
     size = math.ceil(len(trajectories) / cfg.lists)  # games: each share has every level
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
         lists = [prompts.raw_experience(x, cfg.reasoning, **limit) for x in shares]
     else:  # A chain is read in turn: with --previous a whole share, else a single trajectory.
+        if cfg.extractor:
+            policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=None)
         chains, n = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # n chains make a list
         folds = [lesson_list(policy, cfg, chain) for chain in chains]
         parts = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))

@@ -110,13 +110,13 @@ def parse_log(line: str | bytes) -> dict:
 
 
 def chat_turns(messages) -> list[dict]:
-    """The turns of a chat. A prompt is all that was said but replies (a greeting is none); then comes feedback."""
+    """The turns of a chat. A prompt is all that was said so far but the replies; feedback is what follows a reply."""
     said, turns = [], []
     for i, message in enumerate(checked(messages, ("role",), "message"), 1):
         text = message_text(message, f"message {i}")
         if sum(map(len, said)) > 1_000_000:  # each prompt repeats all that was said before
             raise ValueError(f"message {i}: the chat is longer than a million characters; split it")
-        if message["role"] == "assistant" and said:
+        if message["role"] == "assistant" and said:  # a greeting is no reply, and opens the prompt
             turns.append({"prompt": "\n\n".join(said), "response": text, "feedback": ""})
         elif message["role"] in ("system", "developer", "user", "tool", "assistant"):
             said.append(text)

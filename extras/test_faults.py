@@ -285,6 +285,13 @@ def test_a_chat_may_begin_with_a_greeting():
         prompts.parse_log(json.dumps({"messages": [{"role": "assistant", "content": "Hello?"}]}))
 
 
+def test_raw_logs_need_no_extractor(policy):
+    """Catches: a second model that is loaded, or looked for, to write lessons that nobody asked for."""
+    cfg = small(context="raw", extractor="no/such/model", experience_budget=10_000)
+    (experience,) = oel.extract(policy, cfg, logs(1), oel.Phase([], 0, nucleus=False))
+    assert experience == prompts.transcript(prompts.parse_log(json.dumps(logs(1)[0])), cfg.reasoning)
+
+
 def test_a_chat_too_long_to_read_is_refused_at_once():
     """Catches: prompts that repeat all that was said, of a chat of thousands of turns: minutes and gigabytes."""
     turns = [{"role": role, "content": "Well, hello there. " * 30} for role in ("user", "assistant")]
