@@ -119,8 +119,8 @@ PRESETS = {
     "Qwen3-4B-Instruct-2507": {**BIGGER, "env": "sokoban", "thinking": False, "episodes": 50, "steps": 100},
     "SmolLM2-135M-Instruct": {"thinking": False, "reply_limit": 128, "steps": 24, "batch_episodes": 16, "lr": 1e-5},
     "tiny": {"env": "biglake", "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
-             "lists": 5, "episodes": 6, "steps": 12, "batch_episodes": 10, "lr": 3e-4, "adam_eps": 1e-4,
-             "checkpointing": False, "micro_tokens": 1024},
+             "temperature": 1.0, "lists": 5, "episodes": 6, "steps": 24, "batch_episodes": 5, "lr": 1.5e-4,
+             "adam_eps": 1e-4, "checkpointing": False, "micro_tokens": 1024},
 }  # fmt: skip
 SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,
          "experience_budget": 32, "eval_games": 4, "probe_games": 4}  # fmt: skip

@@ -29,7 +29,7 @@ import prompts
 from envs import BigLake, level_seeds
 
 TINY = oel.PRESETS["tiny"]  # three rounds of it play as many episodes as "one round"
-STEPWISE = ["--rounds", "1", "--probe-games", "512", "--eval-every", "4"]
+STEPWISE = ["--rounds", "1", "--probe-games", "512", "--eval-every", "8"]
 RUNS = {  # name of a setting -> options of oel.py, which plays the lake with the embedded policy by default
     "lessons": [],
     "one round": ["--rounds", "1", "--episodes", str(3 * TINY["episodes"]), "--steps", str(3 * TINY["steps"])],
