@@ -120,7 +120,7 @@ PRESETS = {
     "SmolLM2-135M-Instruct": {"thinking": False, "reply_limit": 128, "steps": 24, "batch_episodes": 16, "lr": 1e-5},
     "tiny": {"env": "biglake", "form": "items", "reasoning": False, "reply_limit": 256, "experience_budget": 256,
              "temperature": 1.0, "lists": 5, "episodes": 6, "steps": 24, "batch_episodes": 5, "lr": 1.5e-4,
-             "adam_eps": 1e-4, "checkpointing": False, "micro_tokens": 1024},
+             "adam_eps": 1e-4, "checkpointing": False, "micro_tokens": 1024, "probe_games": 32},
 }  # fmt: skip
 SMOKE = {"rounds": 1, "lists": 2, "episodes": 2, "steps": 1, "batch_episodes": 4, "reply_limit": 32,
          "experience_budget": 32, "eval_games": 4, "probe_games": 4}  # fmt: skip

@@ -400,7 +400,7 @@ def main() -> None:
                 if not args.extractor:
                     continue
                 options = [*options, "--extractor", args.extractor]
-            options = [*options, "--seed", str(seed), *(QUICK if args.quick else [])]
+            options = ["--probe-games", "64", *options, "--seed", str(seed), *(QUICK if args.quick else [])]
             todo.append((run_folder(root, name, seed), name, options))
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         try:
