@@ -155,7 +155,7 @@ def run(cfg: Config) -> list[dict]:
         done = gather(max([r for r in range(cfg.rounds + 1) if (out / f"round{r}/model").exists()], default=0))[0]
         source = str(out / f"round{done}/model") if done else cfg.model
         policy = load_policy(source, device, cfg.thinking, cfg.dtype, cfg.offload)
-        require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out}/metrics.jsonl lacks rounds")
+        require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out} lacks metrics: use another --out")
         texts = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # do they fit?
         budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
         check_fits(policy.model, budget + max(len(policy.encode(x)) for x in texts), cfg.reply_limit)

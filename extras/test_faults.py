@@ -171,7 +171,7 @@ DAMAGE = {  # what happens to a folder between two commands -> what the second o
         lambda run: (run / "config.json").write_text("[" * 100000),
         "config.json is missing or damaged",
     ),
-    "no metrics": (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl lacks rounds"),
+    "no metrics": (lambda run: (run / "metrics.jsonl").write_text(""), "lacks metrics: use another --out"),
     "a cut record": (lambda run: cut(run / "round2/logs.jsonl"), "round2: logs.jsonl or experience/ was cut"),
     "an emptied list": (lambda run: (run / "round2/experience/00.txt").write_text("\n"), "experience/ was cut"),
     "other lessons": (lambda run: (run.parent / "lessons.txt").write_text("Stay away from X."), "lessons.txt was"),
