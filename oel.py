@@ -53,7 +53,7 @@ import prompts
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded default policy
 FAMILIES = ["llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]  # add yours once its test passes
-RANK, WORLD = (int(os.environ.get(x, n)) for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # process RANK of WORLD
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # process RANK of WORLD
 
 
 def option(default, help: str, choices: tuple | None = None):
@@ -89,7 +89,7 @@ class Config:
     experience_budget: int = option(2048, "most tokens in a list of lessons, and of one extraction's reply")
     experience: str = option("", "file of lessons to consolidate; then none are extracted")
     extractor: str = option("", "another model that writes the lessons (default: the policy itself)")
-    context: str = option("items", "teacher sees the lessons (items), raw logs, or nothing", ("items", "raw", "none"))
+    context: str = option("items", "teacher sees lessons of any form, raw logs, or nothing", ("items", "raw", "none"))
     distill: str = option("on-policy", "who replies: the student, or the teacher", ("on-policy", "off-policy"))
     kl: str = option("reverse", "direction of the KL", ("reverse", "forward"))
     steps: int = option(20, "optimizer steps a round")
@@ -151,13 +151,13 @@ def run(cfg: Config) -> list[dict]:
     """The algorithm at the top of this file; returns metrics.jsonl. A stage with a record is not run again."""
     out, device = Path(cfg.out), find_device(cfg.device)
     with contextlib.nullcontext() if RANK else FileLock(f"{out.resolve()}.lock", blocking=False):
-        own, lessons, settings = check_inputs(cfg, out)
+        own, experience, settings = check_inputs(cfg, out)
         done = gather(max([r for r in range(cfg.rounds + 1) if (out / f"round{r}/model").exists()], default=0))[0]
         source = str(out / f"round{done}/model") if done else cfg.model
         policy = load_policy(source, device, cfg.thinking, cfg.dtype, cfg.offload)
         require(cfg.logs or len(read_jsonl(out / "metrics.jsonl")) >= done, f"{out} lacks metrics: use another --out")
-        texts = [lessons + turn["prompt"] for log in own for turn in log["turns"]] or [lessons]  # do they fit?
-        budget = 0 if lessons or cfg.context == "none" else cfg.experience_budget
+        texts = [experience + turn["prompt"] for log in own for turn in log["turns"]] or [experience]  # do they fit?
+        budget = 0 if experience or cfg.context == "none" else cfg.experience_budget
         check_fits(policy.model, budget + max(len(policy.encode(x)) for x in texts), cfg.reply_limit)
         atomic(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
         if cfg.logs:  # the user's logs take the place of what deploy would record
@@ -173,7 +173,7 @@ def run(cfg: Config) -> list[dict]:
 
 
 def phases(cfg: Config, r: int) -> dict[str, Phase]:
-    """What round r plays in each phase, and how. Phases and rounds share no level, but all evaluate on the same."""
+    """What round r plays, and how. A level is played in one phase of one round, but held-out levels in all rounds."""
     levels = (lambda *_: []) if cfg.logs else importlib.import_module("envs").level_seeds  # logs: nothing is played
     n, seed = cfg.steps * cfg.batch_episodes, functools.partial(derive_seed, cfg.seed)
     k = 0 if cfg.experience or cfg.context == "none" else cfg.episodes  # 0: no lessons are extracted
@@ -230,7 +230,7 @@ def measure(policy: Policy, cfg: Config, r: int, step: int, out: Path, began: fl
 # --- deploy: the user side, and the only part that plays --------------------------------------------------
 def deploy(policy: Policy, cfg: Config, phase: Phase, experiences=None, variant: str = "") -> list[dict]:
     """Play one episode on each of the phase's levels; return the trajectories, [] if the game lacks the variant.
-    Only probes show `experiences`, one an episode in rotation, and play variants. "renamed" shows the rules."""
+    Only probes play a variant ("renamed" shows the rules) or show `experiences`: episode i reads list i mod L."""
 
     def play(i: int, level: int):  # a generator: the game is made when it is its turn to be played
         if (game := make_game(cfg, variant, seed=i)) is None:
@@ -274,7 +274,7 @@ def episode(policy: Policy, game, level: int, name: str, reply_limit: int, exper
 
 @contextlib.contextmanager
 def game_errors(where: str):
-    """Whatever a game raises becomes a UsageError that says where, below the game's own traceback."""
+    """Print the traceback of whatever a game raises, and raise a UsageError that says where it was."""
     try:
         yield
     except Exception as error:
@@ -296,10 +296,10 @@ def make_game(cfg: Config, variant: str = "", seed: int = 0):
 
 def sampling(policy: Policy, cfg: Config, phase: Phase, desc: str) -> dict:
     """The options with which a phase calls the sampler."""
-    how = {"top_p": cfg.top_p, "top_k": cfg.top_k} if phase.nucleus else {}
-    how |= {"temperature": cfg.temperature, "seed": phase.seed, "rows": cfg.rows, "desc": desc}
-    how |= {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size}
-    return {**how, "graphs": cfg.graphs and policy.model.device.type == "cuda"}
+    how = {"stop_ids": policy.stop_ids, "vocab_size": policy.vocab_size, "temperature": cfg.temperature}
+    how |= {"top_p": cfg.top_p, "top_k": cfg.top_k} if phase.nucleus else {}
+    how |= {"graphs": cfg.graphs and getattr(policy.model, "graphs_work", policy.model.device.type == "cuda")}
+    return {**how, "rows": cfg.rows, "seed": phase.seed, "desc": desc}
 
 
 # --- extract: text in, text out ---------------------------------------------------------------------------
@@ -308,14 +308,14 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
     if cfg.experience:
         return [Path(cfg.experience).read_text("utf-8-sig").strip()]
     limit = {"budget": cfg.experience_budget, "count_tokens": policy.count_tokens}  # not the extractor's tokens
-    size = math.ceil(len(trajectories) / cfg.lists)  # games: each share has every level
+    size = math.ceil(len(trajectories) / cfg.lists)  # of a share; in games it has each level once
     shares = [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
     if cfg.context == "raw":  # the baseline: the logs themselves, up to the same number of tokens
         lists = [prompts.raw_experience(x, cfg.reasoning, **limit) for x in shares]
-    else:  # A chain is read in turn: with --previous a whole share, else a single trajectory.
+    else:  # A chain is read in turn (Eq. 1): with --previous a whole share, else a single trajectory.
         if cfg.extractor:
             policy = load_policy(cfg.extractor, policy.model.device, cfg.thinking, cfg.dtype, offload=None)
-        chains, n = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # n chains make a list
+        chains, n = (shares, 1) if cfg.previous else ([[x] for x in trajectories], size)  # n make a list (Eq. 1)
         folds = [lesson_list(policy, cfg, chain) for chain in chains]
         parts = drive(policy.model, folds, **sampling(policy, cfg, phase, "extract"))
         lists = [prompts.accumulate("", "\n".join(parts[i : i + n]), **limit) for i in range(0, len(parts), n)]
@@ -325,7 +325,7 @@ def extract(policy: Policy, cfg: Config, trajectories: list[dict], phase: Phase)
 
 
 def lesson_list(policy: Policy, cfg: Config, trajectories: list[dict]):
-    """Grow a list of lessons, at first empty, from trajectories in turn (Eq. 1), as a generator."""
+    """Grow a list of lessons, at first empty, from trajectories in turn; without --previous from one. A generator."""
     experience, budget = "", cfg.experience_budget
     for trajectory in trajectories:
         message = prompts.extraction_prompt(trajectory, experience if cfg.previous else "", cfg.form, cfg.reasoning)
@@ -375,13 +375,13 @@ def consolidate(policy, cfg, logs: list[dict], experiences, phase: Phase, state=
 
 def sample_responses(policy, teacher, cfg, logs, experiences, phase: Phase, step: int) -> list[Sample]:
     """Answer each prompt of the step's logs once: y ~ pi_theta(.|x), or off-policy y ~ pi_teacher(.|e, x)."""
-    rng, pairs = np.random.default_rng(derive_seed(phase.seed, step)), []
+    rng, texts = np.random.default_rng(derive_seed(phase.seed, step)), []
     for log in logs[(step - 1) * cfg.batch_episodes : step * cfg.batch_episodes]:
         for x in (turn["prompt"] for turn in log["turns"]):
             told = experiences is not None and not log.get("anchor")  # else both models read the same prompt
-            e_x = prompts.with_experience(x, experiences[rng.integers(len(experiences))]) if told else x
-            pairs.append((policy.encode(x), policy.encode(e_x)))
-    prompt_ids, teacher_ids = map(list, zip(*pairs, strict=True))
+            texts += [x, prompts.with_experience(x, experiences[rng.integers(len(experiences))]) if told else x]
+    ids = prompts.chat_ids(policy.tokenizer, texts, policy.thinking)  # in one call, which uses all cores
+    prompt_ids, teacher_ids = ids[::2], ids[1::2]
     check_fits(teacher, max(map(len, teacher_ids)), cfg.reply_limit)
     phase = phase._replace(seed=derive_seed(phase.seed, step, 1))  # new noise in every step
     who = (teacher, teacher_ids) if cfg.distill == "off-policy" else (policy.model, prompt_ids)
@@ -396,7 +396,7 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
     batches, losses = micro_batches(samples, cfg.micro_tokens), [torch.zeros((), device=student.device)]
     for batch in batches[RANK::WORLD]:
         prompt_ids, teacher_ids, response_ids = zip(*batch)
-        # 1. The teacher. A shared prefix runs once. Untold, it runs like the student: equal weights give a KL of 0.
+        # 1. The teacher. A shared prefix runs once. Equal prompts run like the student: equal weights give a KL of 0.
         shared = len(batch) > 1 and teacher_ids != prompt_ids
         prefix = prompts.common_prefix([x[:-1] for x in teacher_ids]) if shared else 0  # one id is left to run
         with torch.no_grad():
@@ -420,10 +420,10 @@ def distill(policy: Policy, teacher, samples: list[Sample], cfg: Config) -> floa
 def reverse_kl(hs, ht, ws, wt, temperature: float, direction="reverse", *, chunk=256):
     """KL(student || teacher) at N positions, in nats and exact over V, and the gradients of its sum (Eq. 2).
 
-    Takes hidden states (N, D), heads (V, D) and the sampling temperature. Returns the KL (N,) and its gradients by hs
-    (N, D) and by ws (V, D; None if it is frozen). "forward" is KL(teacher || student). For reverse, with
+    Takes hidden states (N, D), heads (V, D) and the temperature. Returns the KL (N,) and its gradients wrt hs
+    (N, D) and ws (V, D; None if it is frozen). "forward" is KL(teacher || student). For reverse, with
     p = softmax(hs ws.T / temperature), q that of the teacher, and d = log p - log q, the KL is sum_j p_j d_j, and its
-    gradient by the student's logits p_j (d_j - KL) / temperature. When one p_j is nearly 1, its d_j and the KL agree
+    gradient wrt the student's logits p_j (d_j - KL) / temperature. When one p_j is nearly 1, its d_j and the KL agree
     in almost all digits, and rounding destroys d_j - KL. So we first subtract that d_j from both."""
     require((len(hs), len(ws)) == (len(ht), len(wt)), f"sizes do not match: {[len(x) for x in (hs, ht, ws, wt)]}")
     exact = torch.float64 if hs.dtype == torch.float64 else torch.float32
@@ -515,22 +515,22 @@ class Policy:
     thinking: bool = True
 
     def encode(self, message: str) -> list[int]:
-        return prompts.chat_ids(self.tokenizer, message, self.thinking)
+        return prompts.chat_ids(self.tokenizer, [message], self.thinking)[0]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def count_tokens(self, text: str) -> int:
-        return len(prompts.plain_ids(self.tokenizer, text))
+        return len(prompts.plain_ids(self.tokenizer, [text])[0])
 
     def add_grads_to_master(self) -> None:  # a p that is its own master has its gradient already
         for p, master in zip(self.model.parameters(), self.master, strict=True):
             if p is not master and p.requires_grad:
                 grad, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
-                WORLD > 1 and dist.reduce(grad := grad.float(), 0)  # one process keeps it in bf16
-                if RANK == 0:
-                    grad = grad.to(master.device, non_blocking=p.is_cuda)  # non_blocking: through pinned memory
-                    p.is_cuda > master.is_cuda and torch.cuda.current_stream().synchronize()  # until it has arrived
+                WORLD > 1 and dist.reduce(grad := grad.float(), 0)
+                if RANK == 0:  # non_blocking: through pinned memory, and in float32, which a CPU adds far faster
+                    grad = grad.to(master.device, master.dtype, non_blocking=p.is_cuda)
+                    p.is_cuda and not master.is_cuda and torch.cuda.current_stream().synchronize()  # until it arrives
                     master.grad = (torch.zeros_like(master) if master.grad is None else master.grad).add_(grad)
 
     def copy_master(self) -> None:  # brings the model up to date, in every process
@@ -545,7 +545,7 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
     half = (dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
     kind = torch.bfloat16 if half and (RANK or offload is None) else torch.float32  # float32 for masters
     try:
-        [json.loads(file.read_bytes()) for file in Path(source).glob("*.json")]  # or a damaged one may be ignored
+        [json.loads(file.read_bytes()) for file in Path(source).glob("*.json")]  # transformers may skip a damaged one
         tokenizer = AutoTokenizer.from_pretrained(source)
         how = {"dtype": kind, "attention_dropout": 0.0, "use_safetensors": True, "output_loading_info": True}
         config = AutoConfig.from_pretrained(source)  # our cache cannot do sliding windows, rotary scaling by length
@@ -555,7 +555,7 @@ def load_policy(source: str, device: torch.device, thinking=True, dtype="", offl
         what = f"{config.model_type} with sliding window {window} and rotary embedding {rope} is not supported"
         require(good, f"{what}; choose {', '.join(FAMILIES)} with full attention")
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
-        prompts.chat_ids(tokenizer, "OEL", thinking)  # raises what is wrong with the chat template
+        prompts.chat_ids(tokenizer, ["OEL"], thinking)  # raises what is wrong with the chat template
         eos = getattr(model.generation_config, "eos_token_id", None)
         stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
         vocab_size, ids = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
@@ -610,7 +610,7 @@ def drive(model, generators: list, *, desc: str | None = None, **options) -> lis
     """Run generators that yield Requests and are sent Responses; return what they return. See `Sampler`."""
     with contextlib.ExitStack() as undo, torch.inference_mode():
         AttentionInterface.register("oel", attend)
-        undo.callback(torch.cuda.empty_cache)  # or what training keeps would lie in the memory of this cache
+        undo.callback(torch.cuda.empty_cache)  # else what training keeps is put into this cache's memory
         undo.callback(model.train, model.training)  # afterwards the model is as it was before
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         undo.callback(lambda: [x.close() for x in generators])  # where one has failed, the others end too
@@ -639,7 +639,7 @@ class Sampler:
         self.results, self.waiting = [None] * len(generators), deque()  # waiting: jobs that have no row yet
         self.unstarted = deque(range(RANK, len(generators), WORLD))  # generators that have not been asked yet
         self.cache, self.row_len = KVCache(model, 0, 0), 1  # row_len: tokens that a row must hold, prompt and reply
-        self.rows, self.captured = [], {}  # each row's job, or None; sizes of a decode step -> its graph, or None
+        self.jobs, self.captured = [], {}  # each row's job, or None; sizes of a decode step -> its graph, or None
         torch.cuda.empty_cache()  # has no effect without CUDA
         memory = torch.cuda.mem_get_info(model.device)[0] if self.cuda else 12 << 30  # bytes
         self.token_budget = memory * 2 // 5 // KVCache(model, 1, 1).kv.nbytes  # an old and a larger cache coexist
@@ -647,8 +647,8 @@ class Sampler:
 
     def run(self) -> list:
         self.admit()
-        while any(self.rows):
-            newest = self.cache.token[: len(self.rows)].clone().to("cpu", non_blocking=self.cuda)
+        while any(self.jobs):
+            newest = self.cache.token[: len(self.jobs)].clone().to("cpu", non_blocking=self.cuda)
             wait = torch.cuda.current_stream().record_event().synchronize if self.cuda else lambda: None
             self.decode()  # ahead: in vain for replies that end here, but the GPU never waits for the host
             wait()  # for the copy alone
@@ -657,7 +657,7 @@ class Sampler:
         return self.results
 
     def advance(self, owner: int, turn: int, response: Response | None) -> None:
-        """Send a generator its response (None starts it). Its first request waits in the back, others in front."""
+        """Send a generator its response (None starts it). Its first request waits at the end, others in front."""
         try:
             request = self.generators[owner].send(response)
         except StopIteration as stop:
@@ -670,7 +670,7 @@ class Sampler:
 
     def admit(self) -> None:
         """Have up to `max_rows` generators started. Prefill once over 1/8 of the rows are free or all can start."""
-        used = sum(job is not None for job in self.rows)
+        used = sum(job is not None for job in self.jobs)
         while self.unstarted and used + len(self.waiting) < self.max_rows:
             self.advance(self.unstarted.popleft(), 0, None)
         capacity = max(1, min(self.max_rows, self.token_budget // self.row_len))
@@ -680,60 +680,60 @@ class Sampler:
         if self.row_len > self.cache.length:
             self.compact()
             larger = KVCache(self.model, capacity, self.row_len)
-            for row in range(len(self.rows)):
+            for row in range(len(self.jobs)):
                 larger.copy_row(row, self.cache, row, self.cache.length)
             self.cache, self.captured = larger, {}  # the graphs read the old cache
-        n = len(self.waiting) if self.rows else 1  # the first one alone: then others copy what they share with it
-        self.rows += [None] * (capacity - len(self.rows))
+        n = len(self.waiting) if self.jobs else 1  # the first one alone: then others copy what they share with it
+        self.jobs += [None] * (capacity - len(self.jobs))
         self.prefill(self.assign_rows(n))
 
     def assign_rows(self, n: int) -> list[tuple[int, int, int]]:
         """Give n jobs a row each, and copy what is known of their prompts: [(tokens to run, tokens copied, row)]."""
         # A vacant donor goes to the first job that matches it; whoever else copies from it is placed later.
-        vacant, placed = [row for row, job in enumerate(self.rows) if job is None], []
+        vacant, placed = [row for row, job in enumerate(self.jobs) if job is None], []
         for job in [self.waiting.popleft() for _ in range(min(n, len(vacant)))]:
             ids = job.request.prompt_ids  # the last of them must run, whatever is known of the others
             common = (self.cache.prompts[:, : len(ids)] == ids).cumprod(1).sum(1)
             donor, shared = int(common.argmax()), min(int(common.max()), len(ids) - 1)
             row = donor if donor in vacant else vacant[0]
             vacant.remove(row)
-            self.rows[row] = job
+            self.jobs[row] = job
             placed.append((row, donor, shared))
         for row, donor, shared in reversed(placed):  # in reverse: each copies before its donor is overwritten
             if row != donor:
                 self.cache.copy_row(row, self.cache, donor, shared)
-        return [(len(self.rows[row].request.prompt_ids) - shared, shared, row) for row, _, shared in placed]
+        return [(len(self.jobs[row].request.prompt_ids) - shared, shared, row) for row, _, shared in placed]
 
     def retire(self, tokens: list[int]) -> None:
         """Add each row's newest token to its reply. Where that ends the reply, advance its generator."""
-        for row, (job, token) in enumerate(zip(self.rows, tokens, strict=True)):
+        for row, (job, token) in enumerate(zip(self.jobs, tokens, strict=True)):
             if job:  # else its reply ended before, and the row is still decoded, but ignored
                 job.ids.append(token)
                 finish = "stop" if token in self.stop_ids else "length"
                 if finish == "stop" or len(job.ids) == job.request.max_new_tokens:
-                    self.rows[row] = None
+                    self.jobs[row] = None
                     self.advance(job.owner, job.turn + 1, Response(job.ids, finish))
         if not self.waiting and not self.unstarted:  # nothing will fill the free rows
             self.compact()
 
     def compact(self) -> None:
         """Move the last rows into the gaps, so that no more rows are decoded than there are replies."""
-        while not all(self.rows):
-            if last := self.rows.pop():
-                gap, n = self.rows.index(None), len(last.request.prompt_ids) + len(last.ids)
-                self.cache.copy_row(gap, self.cache, len(self.rows), n)
-                self.rows[gap] = last
+        while not all(self.jobs):
+            if last := self.jobs.pop():
+                gap, n = self.jobs.index(None), len(last.request.prompt_ids) + len(last.ids)
+                self.cache.copy_row(gap, self.cache, len(self.jobs), n)
+                self.jobs[gap] = last
 
     def prefill(self, assigned: list[tuple[int, int, int]]) -> None:
         """Run prompts, each (tokens to run, copied, row), in passes of like length; sample their first tokens."""
         cache, device, assigned = self.cache, self.model.device, sorted(assigned)
         while assigned:
-            lengths = np.array(assigned)[:, 0]  # rising
+            lengths = np.array(assigned)[:, 0]  # rising; a pass may pad them by a tenth and 64, up to 16384
             fits = lengths * range(1, len(lengths) + 1) <= np.minimum(1.1 * lengths.cumsum() + 64, 16384)
             n = max(1, int(fits.cumprod().sum()))
             packed = []  # of each prompt: tokens copied, row, length, noise key, and the ids to run
             for _, old, row in assigned[:n]:
-                owner, turn, (ids, _), _ = self.rows[row]
+                owner, turn, (ids, _), _ = self.jobs[row]
                 cache.prompts[row] = ids + [-1] * (cache.length - len(ids))
                 packed.append(torch.tensor([old, row, len(ids), derive_seed(self.seed, owner, turn), *ids[old:]]))
             reach = round_up(max(int(x[2]) for x in packed), 8)
@@ -745,23 +745,22 @@ class Sampler:
 
     def decode(self) -> None:
         """One more token for every row in use. Sizes are rounded, for few graphs and aligned memory."""
-        cache, n = self.cache, len(self.rows)
+        cache, n = self.cache, len(self.jobs)
         n = min(round_up(n, 1 << max(n.bit_length() - 3, 0)), len(cache.token)) if self.graphs else n
-        longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.rows if job)
+        longest = max(len(job.request.prompt_ids) + len(job.ids) for job in self.jobs if job)
         reach = min(round_up(longest + 1, 256 if self.cuda else 32), cache.length)  # + 1: ids lack the newest
         step = lambda: self.forward(slice(0, n), cache.token[:n, None], cache.used[:n], 0, reach)
         if not self.graphs or (n, reach) not in self.captured:  # a first step may initialise what no graph can
             self.captured[n, reach] = None
             return step()
         if self.captured[n, reach] is None:
-            pool = next((graph.pool() for graph in self.captured.values() if graph), None)
-            graph = torch.cuda.CUDAGraph()
+            graph, pool = torch.cuda.CUDAGraph(), next((x.pool() for x in self.captured.values() if x), None)
             try:  # the outer stream is the one to return to, also where the capture fails
                 with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
                     step()
             except RuntimeError as error:
                 logging.get_logger("oel").warning_once(f"CUDA graphs fail here, use --no-graphs: {error}")
-                self.graphs = False
+                self.graphs = self.model.graphs_work = False  # no later sampler tries again
                 return step()
             self.captured[n, reach] = graph
         self.captured[n, reach].replay()
@@ -811,7 +810,7 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
         old[view.row_ids[:, None], view.positions] = new.transpose(1, 2)
     if view.lengths is not None:  # in decode on a GPU flash attention reads each row only as far as it is filled
         starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # where each row's query is
-        how = (starts, starts * kv.shape[2], 1, view.reach, 0.0, False, False)  # where its keys start; most of each
+        how = (starts, starts * kv.shape[2], 1, view.reach, 0.0, False, False)  # starts of keys; 1 query, reach keys
         flash = functools.partial(torch.ops.aten._flash_attention_forward, scale=scaling, seqused_k=view.lengths)
         return flash(query[:, :, 0], *kv[:, view.rows].flatten(1, 2), *how)[0][:, None], None
     keys, values = kv[:, view.rows, : view.reach].transpose(2, 3)  # each (B, Hkv, reach, head_dim)
@@ -823,13 +822,14 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
 
 
 def flash_works(model) -> bool:
-    """Whether flash attention runs, and finds 0 in a row with one value, 0, and 1/2 in a row with two, 1 and 0."""
-    cache, ids = KVCache(model, 2, 2), torch.arange(2, device=model.device)
-    query = cache.kv.fill_(1).new_zeros(2, model.config.num_attention_heads, 1, cache.kv.shape[-1])
-    new, view = query[:, : cache.kv.shape[-2]], View(cache, slice(0, 2), ids, ids[:, None], 2, (ids + 1).int())
+    """Whether flash attention finds 0 in a row of one value, 0, and 1/2 in a row of 256 ones and 256 zeros."""
+    cache, at = KVCache(model, 2, 512), torch.tensor([0, 511], device=model.device)  # long enough to be split
+    cache.kv[..., :256, :, :] = 1
+    query = cache.kv.new_zeros(2, model.config.num_attention_heads, 1, cache.kv.shape[-1])
+    view, new = View(cache, slice(2), at // 511, at[:, None], 512, (at + 1).int()), query[:, : cache.kv.shape[-2]]
     with contextlib.suppress(RuntimeError):
         seen = attend(argparse.Namespace(layer_idx=0), query, new, new, None, scaling=1.0, oel_view=view)[0]
-        return (seen[:, 0, :, 0] - ids[:, None] / 2).abs().max().item() < 0.01
+        return (seen[:, 0, :, 0] - at[:, None] / 1022).abs().max().item() < 0.01
     return False
 
 
@@ -862,20 +862,20 @@ def round_up(n: int, multiple: int) -> int:
 
 # --- the run folder ---------------------------------------------------------------------------------------
 def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
-    """The logs, the lessons, and what config.json is to hold. UsageError for anything that cannot be used."""
+    """The logs, the experience, and what config.json is to hold. UsageError for anything that cannot be used."""
     require(cfg.context != "raw" or not cfg.experience, "--context raw takes no --experience")
     logs = read_jsonl(Path(cfg.logs), prompts.parse_log) if cfg.logs else []
     good = not cfg.logs or Path(cfg.logs).is_file() and any(not log["anchor"] for log in logs)
     require(good, f"--logs {cfg.logs}: it is empty, no regular file, or holds anchors alone")
-    lessons = Path(cfg.experience).read_text("utf-8-sig", "replace").strip() if Path(cfg.experience).is_file() else ""
-    good = not cfg.experience or lessons and "\ufffd" not in lessons
+    experience = file.read_text("utf-8-sig", "replace").strip() if (file := Path(cfg.experience)).is_file() else ""
+    good = not cfg.experience or experience and "\ufffd" not in experience
     require(good, f"--experience {cfg.experience} is empty, no file or not UTF-8; it should hold lessons")
     cfg.logs or getattr(make_game(cfg), "close", lambda: None)()  # raises now what is wrong with the game
     files = [x for model in {cfg.model, cfg.extractor or cfg.model} for x in Path(model).glob("*.[sj]*")]
     content = {f"content of {f}": zlib.crc32(Path(f).read_bytes()) for f in (cfg.logs, cfg.experience, *files) if f}
     new = {**dataclasses.asdict(cfg), **content}
     try:  # an option that is newer than the run has its default
-        old = {**new, **dataclasses.asdict(Config()), **json.loads((out / "config.json").read_text())}
+        old = {**dataclasses.asdict(Config()), **json.loads((out / "config.json").read_text())}
     except (OSError, TypeError, ValueError, RecursionError):
         require(not any(out.glob("round*")), f"{out}/config.json is missing or damaged: choose another --out")
         old = new
@@ -883,7 +883,7 @@ def check_inputs(cfg: Config, out: Path) -> tuple[list[dict], str, dict]:
     names = sorted({*old, *new} - free)
     changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in names if old.get(k) != new.get(k)]
     require(not changed, f"{out} has other settings ({'; '.join(changed)}): choose another --out")
-    return logs, lessons, new
+    return logs, experience, new
 
 
 def recorded(path: Path, stage, *args) -> list:
@@ -941,9 +941,9 @@ def atomic(path: Path, write) -> None:
 
 def save_model(path: Path, policy: Policy) -> None:
     """A Hugging Face folder, complete or absent: float32 weights, for others to load in the config's dtype."""
-    weights = dict(zip(dict(policy.model.named_parameters()), policy.master, strict=True))
-    save = policy.model.save_pretrained, policy.tokenizer.save_pretrained
-    atomic(path, lambda part: (save[0](part, state_dict=weights), save[1](part)))
+    model, tokenizer = policy.model, policy.tokenizer
+    weights = dict(zip(dict(model.named_parameters()), policy.master, strict=True))
+    atomic(path, lambda part: (model.save_pretrained(part, state_dict=weights), tokenizer.save_pretrained(part)))
 
 
 def table(rows: list[dict]) -> str:
@@ -985,7 +985,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     name = Path(getattr(typed, "model", TINY)).name
     if name not in PRESETS:
         print(f"no preset for {name}: using the settings of Qwen3-1.7B")
-    cfg = Config(**{**PRESETS.get(name, {}), **(SMOKE if "smoke" in typed and typed.smoke else {}), **vars(typed)})
+    cfg = Config(**{**PRESETS.get(name, {}), **(SMOKE if getattr(typed, "smoke", False) else {}), **vars(typed)})
     cfg.rounds = 1 if cfg.logs else cfg.rounds
     cfg.out = cfg.out or f"runs/{name}-{Path(cfg.logs or cfg.env.split(':')[-1]).stem}-{cfg.seed}"
     for f, flag in flags.items():

@@ -7,6 +7,7 @@ consolidate  with_experience(prompt, experience)                  what the teach
 --logs       parse_log(line)                                      a trajectory that somebody else recorded
 """
 
+import bisect
 import json
 import re
 
@@ -82,9 +83,8 @@ def parse_lessons(reply: str, form: str = "items") -> str:
 def accumulate(experience: str, lessons: str, budget: int, count_tokens) -> str:
     """E_i = truncate(E_{i-1} + lessons): the oldest lines go, whole, until the rest is within `budget` tokens."""
     lines = [line for line in f"{experience}\n{lessons}".splitlines() if line.strip()]
-    while lines and count_tokens("\n".join(lines)) > budget:
-        lines.pop(0)
-    return "\n".join(lines)
+    fits = lambda dropped: count_tokens("\n".join(lines[dropped:])) <= budget
+    return "\n".join(lines[bisect.bisect_left(range(len(lines)), True, key=fits) :])
 
 
 def raw_experience(trajectories: list[dict], reasoning: bool, budget: int, count_tokens) -> str:
@@ -170,17 +170,17 @@ def checked(entries, keys: tuple[str, ...], name: str) -> list[dict]:
 
 
 # --- messages as token ids --------------------------------------------------------------------------------
-def plain_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of text that is data: a chat marker in it never becomes a special token, because it is encoded in two
-    pieces, its first character and the rest, which are no markers."""
-    markers = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
-    cuts = [m.start() + 1 for m in re.finditer(f"(?={'|'.join(markers)})", text)] if markers else []
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
+def plain_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that are data: a chat marker in one never becomes a special token, because it is encoded in
+    two pieces, its first character and the rest, which are no markers. All are encoded in one call, on all cores."""
+    markers = "|".join(re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1) or "(?!)"
+    pieces = [re.split(f"(?s)(?<=(?={markers}).)", text) for text in texts]  # behind a marker's first character
+    ids = iter(tokenizer([piece for cut in pieces for piece in cut], add_special_tokens=False)["input_ids"])
+    return [[i for _ in cut for i in next(ids)] for cut in pieces]
 
 
-def chat_ids(tokenizer, message: str, thinking: bool = True) -> list[int]:
-    """Token ids of one user message in the tokenizer's own chat template, up to where the reply begins.
+def chat_ids(tokenizer, messages: list[str], thinking: bool = True) -> list[list[int]]:
+    """Token ids of each user message in the tokenizer's own chat template, up to where the reply begins.
     The template is rendered around a placeholder, and the message takes its place as plain text."""
     slot = "MESSAGE-GOES-HERE"
     how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
@@ -190,7 +190,8 @@ def chat_ids(tokenizer, message: str, thinking: bool = True) -> list[int]:
         raise ValueError("the chat template does not show a user message exactly once")
     cut = max((before.rfind(x) + len(x) for x in tokenizer.get_added_vocab() if x in before), default=0)
     start, end = (tokenizer.encode(part, add_special_tokens=False) for part in (before[:cut], after))
-    return start + plain_ids(tokenizer, before[cut:] + message) + end  # one token may span the two, as in the chat
+    messages = [before[cut:] + x for x in messages]  # one token may span the two, as in the chat
+    return [start + ids + end for ids in plain_ids(tokenizer, messages)]
 
 
 def common_prefix(sequences: list[list[int]]) -> int:

@@ -391,7 +391,7 @@ def test_the_teacher_reads_the_experience_and_otherwise_what_the_student_reads(t
     turn = tokenizer.encode("<|im_start|>user\n")
     for prompt in (prompts.play_prompt(FrozenLake.task, ["Board:\n#"]), "<|im_end|>", "  two spaces\n"):
         assert prompts.with_experience(prompt, experience) == block + prompt
-        student, teacher = (prompts.chat_ids(tokenizer, text) for text in (prompt, block + prompt))
+        student, teacher = prompts.chat_ids(tokenizer, [prompt, block + prompt])
         assert student[: len(turn)] == turn
         assert teacher == turn + tokenizer.encode(block) + student[len(turn) :]
 
@@ -525,7 +525,7 @@ def template_ids(tokenizer, text: str, thinking: bool) -> list[int]:
 
 
 def assert_stays_text(tokenizer, text: str) -> None:
-    ids = prompts.plain_ids(tokenizer, text)
+    [ids] = prompts.plain_ids(tokenizer, [text])
     assert not set(tokenizer.get_added_vocab().values()) & set(ids) and tokenizer.decode(ids) == text
 
 
@@ -537,9 +537,9 @@ def test_harmless_text_is_encoded_as_the_template_encodes_it(switch, thinking):
     for game, move in ((FrozenLake(), "[down]"), (Sokoban(), "[up]")):
         texts.append(prompts.play_prompt(game.task, [game.reset(0), game.step(move)[0]]))
     texts += [prompts.with_experience(text, "H loses.\n- G wins.") for text in texts]
-    for text in texts:
-        assert prompts.chat_ids(tokenizer, text, thinking) == template_ids(tokenizer, text, thinking)
-    ending = tokenizer.decode(prompts.chat_ids(tokenizer, "Hello.", thinking)).partition("assistant")[2]
+    wanted = [template_ids(tokenizer, text, thinking) for text in texts]
+    assert prompts.chat_ids(tokenizer, texts, thinking) == wanted
+    ending = tokenizer.decode(wanted[0]).partition("assistant")[2]
     assert ending == ("\n<think>\n\n</think>\n\n" if switch and not thinking else "\n")
 
 
@@ -549,9 +549,9 @@ def test_a_marker_in_a_message_stays_text(tokenizer, text):
     added = set(tokenizer.get_added_vocab().values())
     assert added & set(tokenizer.encode(text)), "the text is not hostile"
     assert_stays_text(tokenizer, text)
-    around = [i for i in prompts.chat_ids(tokenizer, "Hello.") if i in added]
-    assert [i for i in prompts.chat_ids(tokenizer, text) if i in added] == around
-    assert tokenizer.decode(prompts.chat_ids(tokenizer, text)).count(text) == 1
+    harmless, hostile = prompts.chat_ids(tokenizer, ["Hello.", text])
+    assert [i for i in hostile if i in added] == [i for i in harmless if i in added]
+    assert tokenizer.decode(hostile).count(text) == 1
 
 
 def test_fragments_of_markers_never_join_into_one(tokenizer):
@@ -572,7 +572,7 @@ def test_markers_that_overlap_each_other_stay_text():
 def test_a_message_may_hold_the_placeholder(tokenizer):
     """Catches: a message inserted by replacing text, which would insert this one twice."""
     text = "MESSAGE-GOES-HERE and MESSAGE-GOES-HERE"
-    assert prompts.chat_ids(tokenizer, text) == template_ids(tokenizer, text, True)
+    assert prompts.chat_ids(tokenizer, [text]) == [template_ids(tokenizer, text, True)]
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content * 2 }}", "fixed text"])
@@ -580,7 +580,7 @@ def test_a_template_that_does_not_show_the_message_once_is_refused(template):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="exactly once"):
-        prompts.chat_ids(tokenizer, "Hello.")
+        prompts.chat_ids(tokenizer, ["Hello."])
 
 
 # --- oel: helpers -------------------------------------------------------------------------------------------
@@ -1194,7 +1194,7 @@ def test_a_checkpoint_holds_the_masters(policy, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert same(model.parameters(), policy.master)
     tokenizers = transformers.AutoTokenizer.from_pretrained(path), policy.tokenizer
-    saved, wanted = (prompts.chat_ids(tokenizer, "H loses.", False) for tokenizer in tokenizers)
+    saved, wanted = (prompts.chat_ids(tokenizer, ["H loses."], False) for tokenizer in tokenizers)
     assert saved == wanted
     again = load(path)
     assert (again.stop_ids, again.vocab_size) == (policy.stop_ids, policy.vocab_size)

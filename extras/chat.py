@@ -35,7 +35,7 @@ def chat_ids(policy: oel.Policy, messages: list[dict]) -> list[int]:
     for slot, message in zip(slots, messages, strict=True):
         before, _, rest = rest.partition(slot["content"])
         text = message["content"] if message["role"] == "user" else prompts.answer(message["content"])
-        ids += encode(before, add_special_tokens=False) + prompts.plain_ids(policy.tokenizer, text)
+        ids += encode(before, add_special_tokens=False) + prompts.plain_ids(policy.tokenizer, [text])[0]
     return ids + encode(rest, add_special_tokens=False)
 
 

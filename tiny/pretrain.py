@@ -142,7 +142,7 @@ def encode(tokenizer, batch: list[teach.Example]) -> list[tuple[list[int], list[
     replies = [e.reply + tokenizer.eos_token for e in batch]
     prompt_ids = tokenizer(messages, add_special_tokens=False)["input_ids"]
     reply_ids = tokenizer(replies, add_special_tokens=False)["input_ids"]
-    assert prompt_ids[0] == prompts.chat_ids(tokenizer, batch[0].message, batch[0].thinking)
+    assert prompt_ids[:1] == prompts.chat_ids(tokenizer, [batch[0].message], batch[0].thinking)
     return list(zip(prompt_ids, reply_ids, strict=True))
 
 
