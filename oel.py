@@ -822,14 +822,14 @@ def attend(module, query, key, value, attention_mask, *, scaling, oel_view, **kw
 
 
 def flash_works(model) -> bool:
-    """Whether flash attention finds 0 in a row of one value, 0, and 1/2 in a row of 256 ones and 256 zeros."""
-    cache, at = KVCache(model, 2, 512), torch.tensor([0, 511], device=model.device)  # long enough to be split
-    cache.kv[..., :256, :, :] = 1
+    """Whether flash attention finds 512 in a row of that value alone, and 1 in a row of 511 zeros and 512."""
+    cache, at = KVCache(model, 2, 512), torch.arange(0, 512, 511, device=model.device)  # long enough to be split
     query = cache.kv.new_zeros(2, model.config.num_attention_heads, 1, cache.kv.shape[-1])
-    view, new = View(cache, slice(2), at // 511, at[:, None], 512, (at + 1).int()), query[:, : cache.kv.shape[-2]]
+    view = View(cache, slice(2), at // 511, at[:, None], 512, (at + 1).int())
+    new = query[:, : cache.kv.shape[-2]] + 512
     with contextlib.suppress(RuntimeError):
         seen = attend(argparse.Namespace(layer_idx=0), query, new, new, None, scaling=1.0, oel_view=view)[0]
-        return (seen[:, 0, :, 0] - at[:, None] / 1022).abs().max().item() < 0.01
+        return (seen[:, 0, :, 0] * (at[:, None] + 1) - 512).abs().max().item() < 1
     return False
 
 

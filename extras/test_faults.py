@@ -199,6 +199,28 @@ def test_weights_that_changed_behind_their_name_are_noticed(policy, lessons, tmp
         oel.run(cfg)
 
 
+def test_a_file_that_is_new_in_the_models_folder_is_noticed(policy, lessons, tmp_path):
+    """Catches: other stop ids, in a generation_config.json that was not there when the run began."""
+    policy.model.save_pretrained(tmp_path / "model")
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model/generation_config.json"
+    text = file.read_text()
+    file.unlink()
+    cfg = small(model=tmp_path / "model", out=tmp_path / "run", rounds=0, experience=lessons)
+    oel.run(cfg)
+    file.write_text(text)
+    with pytest.raises(oel.UsageError, match="generation_config.json was None"):
+        oel.run(cfg)
+
+
+def test_a_list_is_cut_with_few_looks_at_its_length():
+    """Catches: all that is left tokenized again for every line that goes, which took a minute for ten long lists."""
+    looks, lines = [], [f"lesson {i}" for i in range(1000)]
+    count = lambda text: looks.append(text) or len(text.split())
+    assert prompts.accumulate("\n".join(lines), "the last", 100, count) == "\n".join([*lines[-49:], "the last"])
+    assert len(looks) <= 11
+
+
 def test_another_seed_is_another_run(killed):
     """Catches: a second seed that goes on with the first one's weights."""
     with pytest.raises(oel.UsageError, match="seed was 1, is 2"):
