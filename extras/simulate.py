@@ -19,8 +19,8 @@ and retires. But no model runs: a script says how long each reply is, and every 
 - A pass over prompts takes 2 FLOPs a parameter and token, padding too, at a guessed FLOP/s, then one reading of the
   weights; 8.5 ms at least. Gradients take 2 for 4 times the student's tokens (forward, again, and 2 backward) and
   once the teacher's, and 142 bytes a logit for the KL. Attention is left out; the head counts for too many tokens.
-- With --offload each micro-batch moves its gradients, in bf16, to pinned memory at 20 GB/s, and adds them: 10 bytes
-  a parameter at 25 GB/s (guesses). An optimizer step moves 24 there and 2, not pinned, to the card, else 30 on the card.
+- With --offload each micro-batch moves its gradients, in float32, to pinned memory at 20 GB/s, and adds them: 12
+  bytes a parameter at 25 GB/s (guesses). An optimizer step moves 24 there and 2, not pinned, to the card, else 30 on the card.
 - Of training, --steps of the 20 are simulated. Not counted: the host's work, loading, saving, the first evaluation.
 """
 
@@ -91,7 +91,7 @@ class Simulated(oel.Sampler):
         batches = oel.micro_batches(samples, cfg.micro_tokens)
         student = sum(len(b) * max(len(s.prompt_ids) + len(s.response_ids) for s in b) for b in batches)  # tokens
         kl = sum(len(s.response_ids) for s in samples) * VOCABULARY * 142 / card.bandwidth
-        move = len(batches) * PARAMETERS * (2 / 20e9 + 10 / 25e9) if card.offload else 0
+        move = len(batches) * PARAMETERS * (4 / 20e9 + 12 / 25e9) if card.offload else 0
         tokens = 5 * student + 1800 * len(batches)  # also the teacher's, whose lessons run once in a batch
         return 2 * PARAMETERS * tokens / card.flops + kl + move
 
