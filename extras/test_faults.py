@@ -249,7 +249,7 @@ def test_what_is_written_is_on_disk_before_it_has_its_name(policy, tmp_path, mon
 def test_a_run_from_before_an_option_goes_on(killed, tmp_path):
     """Catches: a new option, with its default, that makes all older run folders unusable."""
     path = tmp_path / "run/config.json"
-    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "max_turns" and "content" not in k}
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "max_turns"}
     path.write_text(json.dumps(config))
     oel.run(killed)
     path.write_text(json.dumps({**config, "lr": 0.5}))
