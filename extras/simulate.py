@@ -20,7 +20,8 @@ and retires. But no model runs: a script says how long each reply is, and every 
   weights; 8.5 ms at least. Gradients take 2 for 4 times the student's tokens (forward, again, and 2 backward) and
   once the teacher's, and 142 bytes a logit for the KL. Attention is left out; the head counts for too many tokens.
 - With --offload each micro-batch moves its gradients, in float32, to pinned memory at 20 GB/s, and adds them: 12
-  bytes a parameter at 25 GB/s (guesses). An optimizer step moves 24 there and 2, not pinned, to the card, else 30 on the card.
+  bytes a parameter at 25 GB/s (guesses). An optimizer step moves 24 there and 2, not pinned, to the card. Without
+  --offload it moves 30 on the card.
 - Of training, --steps of the 20 are simulated. Not counted: the host's work, loading, saving, the first evaluation.
 """
 
